@@ -1,0 +1,168 @@
+"""The ops: one schema a meaning, several implementations each; the only room that knows kernels exist.
+
+Every implementation of an op gives bitwise the same weights, moments and masks. Schemas are Python strings, so
+the package works, slower, with no compiler and no Triton:
+
+    reference   eager torch, any device             reference.py, the meaning of each op
+    csrc        C++ on CPU, CUDA C++ on CUDA        ../../csrc, where it was built
+    triton      CUDA (CPU under TRITON_INTERPRET=1)  triton_*.py, where Triton is installed
+
+`torch.ops.childtune.<op>` checks its arguments and runs the implementation measured fastest for the device.
+`implementation(name, device)` gives one implementation's functions, unchecked: the optimizer, which has checked,
+calls these (a Python-registered op costs 0.4 us a tensor and list on top).
+"""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+
+import torch
+
+from . import checks, csrc, reference
+
+_UPDATE = (
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
+    "Tensor hyper, {extra}Tensor[] lrs, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? grad_norm=None) -> ()"
+)
+# params        float32, bfloat16 or float16, contiguous; the list may mix dtypes, not devices
+# grads         like params, contiguous, any alignment, never written
+# exp_avgs, exp_avg_sqs   shaped like params; one dtype a parameter
+# steps         float32 [], advanced by one; the new value is the mask stream's t
+# hyper         float64 [n, len(HYPER_COLUMNS)] on CPU
+# lrs           empty, or float32 [] per parameter, replacing hyper's lr: live under CUDA graphs
+# grad_scale    gradients are divided by it; found_inf: not 0, nothing is written; grad_norm: for max_grad_norm
+# keys          signed 64-bit stream keys; mask_words: int32 [ceil(numel / 32)], or [0] for the whole tensor
+SCHEMAS = {
+    "adamw_": _UPDATE.format(extra=""),
+    "adamw_bernoulli_": _UPDATE.format(extra="int[] keys, "),
+    "adamw_masked_": _UPDATE.format(extra="Tensor[] mask_words, bool decay_all, "),
+    "square_accumulate_": "(Tensor(a!)[] accumulators, Tensor[] grads, float scale) -> ()",
+    "bernoulli_bits": "(int numel, int key, int step, float p, int domain, int offset, Device device) -> Tensor",
+    "threshold_bits": "(Tensor scores, float threshold) -> Tensor",
+    "popcount_bits": "(Tensor words) -> Tensor",
+}
+IMPLEMENTATIONS = ("triton", "csrc", "reference")
+
+_library = torch.library.Library("childtune", "FRAGMENT")  # held here: dropping it would unregister the ops
+
+
+def unavailable(name: str, device_type: str) -> str | None:
+    """Return why an implementation cannot serve a device type, or None where it can."""
+    if name == "reference":
+        return None
+    if name == "csrc":
+        return csrc.unavailable(device_type)
+    return _triton_unavailable(device_type)
+
+
+@functools.cache
+def implementation(name: str, device_type: str) -> SimpleNamespace:
+    """Return the functions of one implementation, one attribute an op, and its ``name``.
+
+    Args:
+        name: "triton", "csrc", "reference", or "auto" for the fastest available one.
+        device_type: "cpu", "cuda", ...
+
+    Raises:
+        ValueError: no such name.
+        RuntimeError: the implementation is not available here, with the reason. A named one never falls back.
+    """
+    if name == "auto":
+        order = ("csrc", "reference") if device_type == "cpu" else IMPLEMENTATIONS
+        name = next(choice for choice in order if unavailable(choice, device_type) is None)
+    elif name not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {('auto', *IMPLEMENTATIONS)}, got {name!r}")
+    elif reason := unavailable(name, device_type):
+        raise RuntimeError(f"impl={name!r} is not available for {device_type} tensors: {reason}")
+    if name == "csrc":
+        functions = {op: getattr(getattr(torch.ops.childtune, op), "csrc") for op in SCHEMAS}
+    elif name == "triton":
+        from . import triton_adamw, triton_bitmask, triton_fisher
+
+        modules = (triton_adamw, triton_bitmask, triton_fisher)
+        functions = {op: next(getattr(m, op) for m in modules if hasattr(m, op)) for op in SCHEMAS}
+    else:
+        functions = {op: getattr(reference, op) for op in SCHEMAS}
+    return SimpleNamespace(name=name, **functions)
+
+
+def _triton_unavailable(device_type: str) -> str | None:
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    if device_type == "cuda" or (device_type == "cpu" and triton.knobs.runtime.interpret):
+        return None
+    return "Triton serves CUDA tensors, and CPU tensors only under TRITON_INTERPRET=1"
+
+
+def _update_op(op: str):
+    names = [part.split()[-1] for part in SCHEMAS[op].split("->")[0].strip(" ()").split(", ")]
+    extra = [name.split("=")[0] for name in names[6:] if name in ("keys", "mask_words", "lrs")]
+
+    def run(params, grads, exp_avgs, exp_avg_sqs, steps, hyper, *rest):
+        lists = {name: value for name, value in zip(names[6:], rest, strict=False) if name in extra}
+        checks.check_update(params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lists)
+        if params:
+            kernel = getattr(implementation("auto", params[0].device.type), op)
+            kernel(params, grads, exp_avgs, exp_avg_sqs, steps, hyper, *rest)
+            mark_written(params, exp_avgs, exp_avg_sqs, steps)
+
+    return run
+
+
+def mark_written(*lists) -> None:
+    """Advance version counters, which raw kernels leave alone, so that autograd notices the writes."""
+    for tensors in lists:
+        torch.autograd.graph.increment_version(tensors)
+
+
+def _square_accumulate(accumulators, grads, scale):
+    checks.check_accumulate(accumulators, grads)
+    if accumulators:
+        implementation("auto", accumulators[0].device.type).square_accumulate_(accumulators, grads, scale)
+        mark_written(accumulators)
+
+
+def _bernoulli_bits(numel, key, step, p, domain, offset, device):
+    checks.check_stream(numel, step, p, offset)
+    return implementation("auto", device.type).bernoulli_bits(numel, key, step, p, domain, offset, device)
+
+
+def _threshold_bits(scores, threshold):
+    checks.check_scores(scores)
+    return implementation("auto", scores.device.type).threshold_bits(scores, threshold)
+
+
+def _popcount_bits(words):
+    checks.check_packed(words)
+    return implementation("auto", words.device.type).popcount_bits(words)
+
+
+_RUN = {
+    **{op: _update_op(op) for op in ("adamw_", "adamw_bernoulli_", "adamw_masked_")},
+    "square_accumulate_": _square_accumulate,
+    "bernoulli_bits": _bernoulli_bits,
+    "threshold_bits": _threshold_bits,
+    "popcount_bits": _popcount_bits,
+}
+
+
+def _words(numel: int, device) -> torch.Tensor:
+    return torch.empty((numel + 31) // 32, dtype=torch.int32, device=device)
+
+
+_FAKES = {
+    **dict.fromkeys(("adamw_", "adamw_bernoulli_", "adamw_masked_", "square_accumulate_"), lambda *args: None),
+    "bernoulli_bits": lambda numel, key, step, p, domain, offset, device: _words(numel, device),
+    "threshold_bits": lambda scores, threshold: _words(scores.numel(), scores.device),
+    "popcount_bits": lambda words: torch.empty((), dtype=torch.int64, device=words.device),
+}
+
+for _op, _schema in SCHEMAS.items():
+    for _overload in ("", ".csrc"):  # csrc registers its kernels on the overload when its library is loaded
+        _library.define(_op + _overload + _schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.register_fake(f"childtune::{_op}{_overload}", _FAKES[_op], lib=_library)
+    _library.impl(_op, _RUN[_op], "CompositeExplicitAutograd")
+csrc.load()

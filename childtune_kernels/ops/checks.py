@@ -1,0 +1,132 @@
+"""What every op demands of its arguments; errors name the argument, the expected and the received value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_gradient(label: str, grad: Tensor, param: Tensor) -> None:
+    """Refuse a gradient that does not mirror its parameter.
+
+    Raises:
+        RuntimeError: sparse or complex gradient, or one of another dtype, device or shape.
+    """
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"gradient of {label} must be dense, got layout {grad.layout}")
+    for what in ("dtype", "device", "shape"):
+        expected, got = getattr(param, what), getattr(grad, what)
+        if expected != got:
+            raise RuntimeError(f"gradient of {label} must have {what} {_plain(expected)}, got {_plain(got)}")
+
+
+def check_parameter(label: str, param: Tensor) -> None:
+    """Refuse a parameter that no kernel serves.
+
+    Raises:
+        TypeError: its dtype is not float32, bfloat16 or float16, or it is a DTensor.
+    """
+    if param.dtype not in WEIGHT_DTYPES:
+        raise TypeError(f"{label} must have dtype float32, bfloat16 or float16, got {param.dtype}")
+    if type(param).__name__ == "DTensor":
+        raise TypeError(f"{label} must be an ordinary tensor, got a DTensor: sharded parameters are not supported yet")
+
+
+def check_update(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    hyper: Tensor,
+    extra: dict[str, Sequence],
+) -> None:
+    """Check the lists of one update op before anything is written.
+
+    Raises:
+        RuntimeError, TypeError: an argument differs from what the op's schema comment promises.
+    """
+    n = len(params)
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps, **extra}
+    for name, values in lists.items():
+        if len(values) != n and not (name == "lrs" and not values):
+            raise RuntimeError(f"{name} must have {n} entries, one a parameter, got {len(values)}")
+    if hyper.dtype != torch.float64 or hyper.dim() != 2 or hyper.shape[0] != n or hyper.is_cuda:
+        raise RuntimeError(f"hyper must be a float64 CPU tensor of {n} rows, got {hyper.dtype} {tuple(hyper.shape)} on {hyper.device}")
+    for i, param in enumerate(params):
+        check_parameter(f"params[{i}]", param)
+        check_gradient(f"params[{i}]", grads[i], param)
+        _check_like(f"exp_avgs[{i}]", exp_avgs[i], param, WEIGHT_DTYPES)
+        _check_like(f"exp_avg_sqs[{i}]", exp_avg_sqs[i], param, (exp_avgs[i].dtype,))
+        for name, values in (("steps", steps), ("lrs", extra.get("lrs", ()))):
+            if values:
+                _check_scalar(f"{name}[{i}]", values[i], param.device)
+        for name, value in (("params", param), ("grads", grads[i])):
+            if not value.is_contiguous():
+                raise RuntimeError(f"{name}[{i}] must be contiguous, got strides {value.stride()}")
+        if "mask_words" in extra:
+            check_words(f"mask_words[{i}]", extra["mask_words"][i], param)
+
+
+def check_words(label: str, words: Tensor, param: Tensor) -> None:
+    """Refuse mask words that do not fit a parameter (no words at all mean: all of it)."""
+    expected = (param.numel() + 31) // 32
+    if words.dtype != torch.int32 or words.dim() != 1 or words.device != param.device:
+        raise RuntimeError(f"{label} must be 1-D int32 on {param.device}, got {words.dim()}-D {words.dtype} on {words.device}")
+    if words.numel() not in (0, expected) or not words.is_contiguous():
+        raise RuntimeError(f"{label} must hold {expected} contiguous words, got {words.numel()}")
+
+
+def check_accumulate(accumulators: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Check `square_accumulate_`'s lists before anything is written."""
+    if len(accumulators) != len(grads):
+        raise RuntimeError(f"grads must have {len(accumulators)} entries, got {len(grads)}")
+    for i, (accumulator, grad) in enumerate(zip(accumulators, grads, strict=True)):
+        if grad.dtype not in WEIGHT_DTYPES or grad.layout != torch.strided or not grad.is_contiguous():
+            raise RuntimeError(f"grads[{i}] must be a contiguous float32, bfloat16 or float16 tensor, got {grad.dtype}, {grad.layout}")
+        _check_like(f"accumulators[{i}]", accumulator, grad, (torch.float32,))
+
+
+def check_stream(numel: int, step: int, p: float, offset: int) -> None:
+    """Check `bernoulli_bits`' arguments."""
+    if numel < 0 or offset < 0 or offset % 4:
+        raise ValueError(f"numel and offset must be at least 0 and offset a multiple of 4, got {numel} and {offset}")
+    if not 1 <= step < 2**32:
+        raise ValueError(f"step must be in [1, 2**32), got {step}")
+    if not 2**-32 <= p <= 1:
+        raise ValueError(f"p must be in [2**-32, 1], got {p}")
+
+
+def check_scores(scores: Tensor) -> None:
+    """Check `threshold_bits`' scores."""
+    if scores.dtype not in WEIGHT_DTYPES or not scores.is_contiguous():
+        raise RuntimeError(f"scores must be contiguous float32, bfloat16 or float16, got {scores.dtype}")
+
+
+def check_packed(words: Tensor) -> None:
+    """Check `popcount_bits`' words."""
+    if words.dtype != torch.int32 or not words.is_contiguous():
+        raise RuntimeError(f"words must be contiguous int32, got {words.dtype}")
+
+
+def _check_like(label: str, value: Tensor, param: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    if value.shape != param.shape or value.device != param.device or value.dtype not in dtypes:
+        raise RuntimeError(
+            f"{label} must have shape {tuple(param.shape)}, device {param.device} and dtype in "
+            f"{[str(d) for d in dtypes]}, got {tuple(value.shape)}, {value.device}, {value.dtype}"
+        )
+    if not value.is_contiguous():
+        raise RuntimeError(f"{label} must be contiguous, got strides {value.stride()}")
+
+
+def _check_scalar(label: str, value: Tensor, device: torch.device) -> None:
+    if value.dtype != torch.float32 or value.numel() != 1 or value.device != device:
+        raise RuntimeError(f"{label} must be one float32 on {device}, got {value.numel()} x {value.dtype} on {value.device}")
+
+
+def _plain(value):
+    return tuple(value) if isinstance(value, torch.Size) else value

@@ -1,0 +1,255 @@
+"""The eager meaning of every op, on any device: slow, readable, and bitwise what the kernels compute.
+
+One written order of IEEE operations, each rounded once. The update of one weight, all in fp32::
+
+    g = grad * grad_multiplier                                    unscale, clip, sign
+    g = keep ? g * inv_p : 0                                      Eq. 1-4 (F; in D there is no inv_p)
+    m = beta1 * m + (1 - beta1) * g                               Alg. 1, line 8
+    v = beta2 * v + (1 - beta2) * (g * g)                         Alg. 1, line 9
+    w = w + shrink_before * w                                     decoupled decay, torch dialect
+    w = w - step_size * (m / (sqrt(v) * inv_sqrt_correction2 + eps))      Alg. 1, lines 10-12
+    w = w + shrink_after * w                                      decoupled decay, hf dialect
+
+The scalars come from `derive_scalars`, in fp64 and rounded to fp32 once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import philox
+
+# Columns of the `hyper` table that every update op takes: float64, one row a parameter.
+HYPER_COLUMNS = (
+    "lr",
+    "beta1",
+    "beta2",
+    "eps",
+    "weight_decay",
+    "reserve_p",
+    "sign",  # +1 to minimise, -1 to maximise
+    "hf_dialect",  # 0 torch, 1 hf
+    "max_grad_norm",  # inf: no clipping
+)
+STEP_BITS = 24  # an fp32 step counter is exact below 2**24
+
+
+class Scalars(NamedTuple):
+    """What one parameter's update needs at one step: fp32 tensors of shape [n], t int64, threshold int64."""
+
+    grad_multiplier: Tensor
+    inv_p: Tensor
+    beta1: Tensor
+    one_minus_beta1: Tensor
+    beta2: Tensor
+    one_minus_beta2: Tensor
+    eps: Tensor
+    step_size: Tensor
+    inv_sqrt_correction2: Tensor
+    shrink_before: Tensor
+    shrink_after: Tensor
+
+
+def integer_power(base: Tensor, exponent: Tensor) -> Tensor:
+    """Return ``base ** exponent`` by squaring: multiplications only, so every implementation agrees to the bit."""
+    power = torch.ones_like(base)
+    for bit in range(STEP_BITS):
+        power = torch.where((exponent >> bit & 1).bool(), power * base, power)
+        base = base * base
+    return power
+
+
+def derive_scalars(
+    t: Tensor, hyper: Tensor, lrs: Tensor | None, grad_scale: Tensor | None, grad_norm: Tensor | None
+) -> Scalars:
+    """Derive the fp32 scalars of n parameters, in fp64.
+
+    Args:
+        t: int64 [n], the step about to be taken, from 1.
+        hyper: float64 [n, len(HYPER_COLUMNS)].
+        lrs: float32 [n] learning rates that replace the table's, or None.
+        grad_scale: GradScaler's scale, float32 [], or None.
+        grad_norm: global norm of the gradients as stored (still scaled), float32 [], or None.
+    """
+    lr, beta1, beta2, eps, weight_decay, reserve_p, sign, hf, max_grad_norm = hyper.unbind(1)
+    if lrs is not None:
+        lr = lrs.double()
+    one = torch.ones_like(lr)
+    hf = hf != 0
+    scale = one if grad_scale is None else grad_scale.double() * one
+    clip = one
+    if grad_norm is not None:
+        clip = max_grad_norm / (grad_norm.double() / scale + 1e-6)
+        clip = torch.where(clip >= 1, one, clip)  # a NaN norm stays NaN, as in clip_grad_norm_
+    correction1 = one - integer_power(beta1, t)
+    sqrt_correction2 = torch.sqrt(one - integer_power(beta2, t))
+    shrink = 0.0 - lr * weight_decay  # +0 where there is no decay, so that w + 0 * w is w, signed zeros included
+    step_size = lr / correction1
+    fp64 = Scalars(
+        grad_multiplier=sign * clip / scale,
+        inv_p=one / reserve_p,
+        beta1=beta1,
+        one_minus_beta1=one - beta1,
+        beta2=beta2,
+        one_minus_beta2=one - beta2,
+        eps=eps,
+        step_size=torch.where(hf, step_size * sqrt_correction2, step_size),
+        inv_sqrt_correction2=torch.where(hf, one, one / sqrt_correction2),
+        shrink_before=torch.where(hf, 0.0, shrink),
+        shrink_after=torch.where(hf, shrink, 0.0),
+    )
+    return Scalars(*(column.float() for column in fp64))
+
+
+def advance_moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: Scalars) -> tuple[Tensor, Tensor]:
+    """Return the new fp32 moments for a gradient that is already masked; ``s`` holds 0-dim tensors."""
+    m = s.beta1 * exp_avg.float() + s.one_minus_beta1 * grad  # Alg. 1, line 8
+    v = s.beta2 * exp_avg_sq.float() + s.one_minus_beta2 * (grad * grad)  # Alg. 1, line 9
+    return m, v
+
+
+def advance_weights(param: Tensor, m: Tensor, v: Tensor, s: Scalars) -> Tensor:
+    """Return the new fp32 weights, given the new fp32 moments."""
+    w = param.float()
+    w = w + s.shrink_before * w
+    w = w - s.step_size * (m / (torch.sqrt(v) * s.inv_sqrt_correction2 + s.eps))  # Alg. 1, lines 10-12
+    return w + s.shrink_after * w
+
+
+def decay_weights(param: Tensor, s: Scalars) -> Tensor:
+    """Return the fp32 weights after decay alone, what ``decay_all`` does outside the child."""
+    w = param.float()
+    w = w + s.shrink_before * w
+    return w + s.shrink_after * w
+
+
+class _Step:
+    """One call's common part: advances the counters, derives the scalars, and writes nothing under found_inf."""
+
+    def __init__(self, steps, hyper, lrs, grad_scale, found_inf, grad_norm):
+        device = steps[0].device
+        grad_scale, found_inf, grad_norm = (
+            None if x is None else x.to(device) for x in (grad_scale, found_inf, grad_norm)
+        )
+        self.skip = None if found_inf is None else found_inf != 0
+        self.t = torch.stack([step.to(torch.int64) for step in steps]) + 1
+        columns = derive_scalars(self.t, hyper.to(device), torch.stack(lrs) if lrs else None, grad_scale, grad_norm)
+        self.scalars = [Scalars(*row) for row in zip(*(column.unbind() for column in columns), strict=True)]
+        for step in steps:
+            self.write(step, step + 1)
+
+    def write(self, target: Tensor, value: Tensor) -> None:
+        """Store ``value``, rounded to nearest even if ``target`` is 16 bit."""
+        value = value.to(target.dtype)
+        target.copy_(value if self.skip is None else torch.where(self.skip, target, value))
+
+
+def adamw_(
+    params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs=(), grad_scale=None, found_inf=None, grad_norm=None
+) -> None:
+    """Update every weight with its whole gradient."""
+    if not params:
+        return
+    step = _Step(steps, hyper, lrs, grad_scale, found_inf, grad_norm)
+    for param, grad, exp_avg, exp_avg_sq, s in zip(params, grads, exp_avgs, exp_avg_sqs, step.scalars, strict=True):
+        m, v = advance_moments(grad.float() * s.grad_multiplier, exp_avg, exp_avg_sq, s)
+        for target, value in ((param, advance_weights(param, m, v, s)), (exp_avg, m), (exp_avg_sq, v)):
+            step.write(target, value)
+
+
+def adamw_bernoulli_(
+    params, grads, exp_avgs, exp_avg_sqs, steps, hyper, keys, lrs=(), grad_scale=None, found_inf=None, grad_norm=None
+) -> None:
+    """Child-Tuning_F (Eq. 4): a fresh mask each step, kept gradients times 1/p; every moment and weight decays."""
+    if not params:
+        return
+    step = _Step(steps, hyper, lrs, grad_scale, found_inf, grad_norm)
+    ps = hyper[:, HYPER_COLUMNS.index("reserve_p")].tolist()
+    rows = zip(params, grads, exp_avgs, exp_avg_sqs, step.scalars, keys, step.t, ps, strict=True)
+    for param, grad, exp_avg, exp_avg_sq, s, key, t, p in rows:
+        words = _bernoulli_words(param.numel(), key, t, p, philox.GRADIENT_MASK, 0, param.device)
+        keep = unpack_bits(words, param.numel()).view(param.shape)
+        g = torch.where(keep, grad.float() * s.grad_multiplier * s.inv_p, 0.0)  # Eq. 4
+        m, v = advance_moments(g, exp_avg, exp_avg_sq, s)
+        for target, value in ((param, advance_weights(param, m, v, s)), (exp_avg, m), (exp_avg_sq, v)):
+            step.write(target, value)
+
+
+def adamw_masked_(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    steps,
+    hyper,
+    mask_words,
+    decay_all,
+    lrs=(),
+    grad_scale=None,
+    found_inf=None,
+    grad_norm=None,
+) -> None:
+    """Child-Tuning_D (Eq. 1-3): update the child only; outside it moments are not touched, weights at most decay."""
+    if not params:
+        return
+    step = _Step(steps, hyper, lrs, grad_scale, found_inf, grad_norm)
+    for param, grad, exp_avg, exp_avg_sq, s, words in zip(
+        params, grads, exp_avgs, exp_avg_sqs, step.scalars, mask_words, strict=True
+    ):
+        m, v = advance_moments(grad.float() * s.grad_multiplier, exp_avg, exp_avg_sq, s)
+        new = (advance_weights(param, m, v, s), m, v)
+        if words.numel():  # no words: the whole tensor is in the child
+            keep = unpack_bits(words, param.numel()).view(param.shape)
+            outside = (decay_weights(param, s) if decay_all else param.float(), exp_avg.float(), exp_avg_sq.float())
+            new = tuple(torch.where(keep, a, b) for a, b in zip(new, outside, strict=True))
+        for target, value in zip((param, exp_avg, exp_avg_sq), new, strict=True):
+            step.write(target, value)
+
+
+def square_accumulate_(accumulators, grads, scale) -> None:
+    """accumulator = accumulator + (grad * grad) * scale, in fp32: one term of Eq. 10."""
+    for accumulator, grad in zip(accumulators, grads, strict=True):
+        g = grad.float()
+        accumulator.copy_(accumulator + (g * g) * torch.tensor(scale, dtype=torch.float32))
+
+
+def bernoulli_bits(numel, key, step, p, domain, offset, device) -> Tensor:
+    """Pack the keep-bits of elements offset .. offset + numel - 1 of one parameter."""
+    return _bernoulli_words(numel, key, step, p, domain, offset, device)
+
+
+def threshold_bits(scores, threshold) -> Tensor:
+    """Pack ``scores >= threshold``; NaN is below every threshold."""
+    return pack_bits(scores >= threshold)
+
+
+def popcount_bits(words) -> Tensor:
+    """Count the set bits, int64 []."""
+    return unpack_bits(words, 32 * words.numel()).sum()
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Pack bools, in row-major order, into int32 words: bit i of word w is element 32 * w + i; spare bits are 0."""
+    bits = torch.nn.functional.pad(bits.reshape(-1).to(torch.uint8), (0, -bits.numel() % 32))
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits.view(-1, 8) << shifts).sum(dim=1, dtype=torch.uint8).view(torch.int32)
+
+
+def unpack_bits(words: Tensor, numel: int) -> Tensor:
+    """Return the first ``numel`` bits as bool [numel]."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=words.device)
+    return (words.view(torch.uint8)[:, None] >> shifts & 1).view(-1)[:numel].bool()
+
+
+_CHUNK = 1 << 20  # elements generated at a time: bounds the int64 temporaries to a few tens of MB
+
+
+def _bernoulli_words(numel, key, step, p, domain, offset, device) -> Tensor:
+    chunks = [torch.empty(0, dtype=torch.int32, device=device)]
+    for start in range(0, numel, _CHUNK):
+        elements = torch.arange(start, min(start + _CHUNK, numel), device=device) + offset
+        chunks.append(pack_bits(philox.keep_bits(elements, key, step, p, domain)))
+    return torch.cat(chunks)
