@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import torch
 
 from . import checks, csrc, reference
+from .reference import HYPER_COLUMNS, pack_bits, unpack_bits
 
 _UPDATE = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
@@ -166,3 +167,11 @@ for _op, _schema in SCHEMAS.items():
         torch.library.register_fake(f"childtune::{_op}{_overload}", _FAKES[_op], lib=_library)
     _library.impl(_op, _RUN[_op], "CompositeExplicitAutograd")
 csrc.load()
+
+adamw_ = torch.ops.childtune.adamw_
+adamw_bernoulli_ = torch.ops.childtune.adamw_bernoulli_
+adamw_masked_ = torch.ops.childtune.adamw_masked_
+square_accumulate_ = torch.ops.childtune.square_accumulate_
+bernoulli_bits = torch.ops.childtune.bernoulli_bits
+threshold_bits = torch.ops.childtune.threshold_bits
+popcount_bits = torch.ops.childtune.popcount_bits

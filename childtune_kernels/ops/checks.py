@@ -56,15 +56,15 @@ def check_update(
         if len(values) != n and not (name == "lrs" and not values):
             raise RuntimeError(f"{name} must have {n} entries, one a parameter, got {len(values)}")
     if hyper.dtype != torch.float64 or hyper.dim() != 2 or hyper.shape[0] != n or hyper.is_cuda:
-        raise RuntimeError(f"hyper must be a float64 CPU tensor of {n} rows, got {hyper.dtype} {tuple(hyper.shape)} on {hyper.device}")
+        raise RuntimeError(
+            f"hyper must be a float64 CPU tensor of {n} rows, got {hyper.dtype} {tuple(hyper.shape)} on {hyper.device}"
+        )
     for i, param in enumerate(params):
         check_parameter(f"params[{i}]", param)
         check_gradient(f"params[{i}]", grads[i], param)
-        _check_like(f"exp_avgs[{i}]", exp_avgs[i], param, WEIGHT_DTYPES)
-        _check_like(f"exp_avg_sqs[{i}]", exp_avg_sqs[i], param, (exp_avgs[i].dtype,))
-        for name, values in (("steps", steps), ("lrs", extra.get("lrs", ()))):
-            if values:
-                _check_scalar(f"{name}[{i}]", values[i], param.device)
+        check_state(f"state {i}", param, steps[i], exp_avgs[i], exp_avg_sqs[i])
+        if extra["lrs"]:
+            _check_scalar(f"lrs[{i}]", extra["lrs"][i], param.device)
         for name, value in (("params", param), ("grads", grads[i])):
             if not value.is_contiguous():
                 raise RuntimeError(f"{name}[{i}] must be contiguous, got strides {value.stride()}")
@@ -72,11 +72,20 @@ def check_update(
             check_words(f"mask_words[{i}]", extra["mask_words"][i], param)
 
 
+def check_state(label: str, param: Tensor, step: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+    """Refuse optimizer state that does not fit its parameter."""
+    _check_scalar(f"{label}: step", step, param.device)
+    _check_like(f"{label}: exp_avg", exp_avg, param, WEIGHT_DTYPES)
+    _check_like(f"{label}: exp_avg_sq", exp_avg_sq, param, (exp_avg.dtype,))
+
+
 def check_words(label: str, words: Tensor, param: Tensor) -> None:
     """Refuse mask words that do not fit a parameter (no words at all mean: all of it)."""
     expected = (param.numel() + 31) // 32
     if words.dtype != torch.int32 or words.dim() != 1 or words.device != param.device:
-        raise RuntimeError(f"{label} must be 1-D int32 on {param.device}, got {words.dim()}-D {words.dtype} on {words.device}")
+        raise RuntimeError(
+            f"{label} must be 1-D int32 on {param.device}, got {words.dim()}-D {words.dtype} on {words.device}"
+        )
     if words.numel() not in (0, expected) or not words.is_contiguous():
         raise RuntimeError(f"{label} must hold {expected} contiguous words, got {words.numel()}")
 
@@ -87,7 +96,9 @@ def check_accumulate(accumulators: Sequence[Tensor], grads: Sequence[Tensor]) ->
         raise RuntimeError(f"grads must have {len(accumulators)} entries, got {len(grads)}")
     for i, (accumulator, grad) in enumerate(zip(accumulators, grads, strict=True)):
         if grad.dtype not in WEIGHT_DTYPES or grad.layout != torch.strided or not grad.is_contiguous():
-            raise RuntimeError(f"grads[{i}] must be a contiguous float32, bfloat16 or float16 tensor, got {grad.dtype}, {grad.layout}")
+            raise RuntimeError(
+                f"grads[{i}] must be a contiguous float32, bfloat16 or float16 tensor, got {grad.dtype}, {grad.layout}"
+            )
         _check_like(f"accumulators[{i}]", accumulator, grad, (torch.float32,))
 
 
@@ -125,7 +136,9 @@ def _check_like(label: str, value: Tensor, param: Tensor, dtypes: Sequence[torch
 
 def _check_scalar(label: str, value: Tensor, device: torch.device) -> None:
     if value.dtype != torch.float32 or value.numel() != 1 or value.device != device:
-        raise RuntimeError(f"{label} must be one float32 on {device}, got {value.numel()} x {value.dtype} on {value.device}")
+        raise RuntimeError(
+            f"{label} must be one float32 on {device}, got {value.numel()} x {value.dtype} on {value.device}"
+        )
 
 
 def _plain(value):
