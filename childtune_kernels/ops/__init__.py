@@ -43,6 +43,10 @@ SCHEMAS = {
     "threshold_bits": "(Tensor scores, float threshold) -> Tensor",
     "popcount_bits": "(Tensor words) -> Tensor",
 }
+# The compiled kernel fills its words: an op without a tensor argument has no device to be dispatched on.
+_CSRC_SCHEMAS = SCHEMAS | {
+    "bernoulli_bits": "(Tensor(a!) words, int numel, int key, int step, float p, int domain, int offset) -> ()"
+}
 IMPLEMENTATIONS = ("triton", "csrc", "reference")
 
 _library = torch.library.Library("childtune", "FRAGMENT")  # held here: dropping it would unregister the ops
@@ -77,7 +81,8 @@ def implementation(name: str, device_type: str) -> SimpleNamespace:
     elif reason := unavailable(name, device_type):
         raise RuntimeError(f"impl={name!r} is not available for {device_type} tensors: {reason}")
     if name == "csrc":
-        functions = {op: getattr(getattr(torch.ops.childtune, op), "csrc") for op in SCHEMAS}
+        functions = {op: getattr(torch.ops.childtune, op).csrc for op in SCHEMAS}
+        functions["bernoulli_bits"] = _csrc_bernoulli_bits
     elif name == "triton":
         from . import triton_adamw, triton_bitmask, triton_fisher
 
@@ -86,6 +91,12 @@ def implementation(name: str, device_type: str) -> SimpleNamespace:
     else:
         functions = {op: getattr(reference, op) for op in SCHEMAS}
     return SimpleNamespace(name=name, **functions)
+
+
+def _csrc_bernoulli_bits(numel, key, step, p, domain, offset, device):
+    words = _words(numel, device)
+    torch.ops.childtune.bernoulli_bits.csrc(words, numel, key, step, p, domain, offset)
+    return words
 
 
 def _triton_unavailable(device_type: str) -> str | None:
@@ -160,11 +171,13 @@ _FAKES = {
     "threshold_bits": lambda scores, threshold: _words(scores.numel(), scores.device),
     "popcount_bits": lambda words: torch.empty((), dtype=torch.int64, device=words.device),
 }
+_CSRC_FAKES = _FAKES | {"bernoulli_bits": lambda *args: None}
 
-for _op, _schema in SCHEMAS.items():
-    for _overload in ("", ".csrc"):  # csrc registers its kernels on the overload when its library is loaded
-        _library.define(_op + _overload + _schema, tags=torch.Tag.pt2_compliant_tag)
-        torch.library.register_fake(f"childtune::{_op}{_overload}", _FAKES[_op], lib=_library)
+for _op in SCHEMAS:
+    # csrc registers its kernels on the overload when its library is loaded
+    for _overload, _schemas, _fakes in (("", SCHEMAS, _FAKES), (".csrc", _CSRC_SCHEMAS, _CSRC_FAKES)):
+        _library.define(_op + _overload + _schemas[_op], tags=torch.Tag.pt2_compliant_tag)
+        torch.library.register_fake(f"childtune::{_op}{_overload}", _fakes[_op], lib=_library)
     _library.impl(_op, _RUN[_op], "CompositeExplicitAutograd")
 csrc.load()
 

@@ -1,0 +1,384 @@
+"""The three AdamW updates in Triton: a small launch derives every parameter's scalars, a second updates all weights.
+
+Source: Algorithm 1 and Eq. 1-4 of Xu et al. 2021; order of operations: `reference`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_launch import (
+    INTERPRET,
+    BLOCK,
+    OPTIONS,
+    TRITON_DTYPES,
+    addresses,
+    is_aligned,
+    layout,
+    locate,
+    on_device,
+    pointer,
+    rounded,
+    upload,
+    widened,
+)
+from .triton_philox import keep_bits
+
+# Fields of the table, then the columns of `hyper`; field f of parameter i is at f * n + i.
+_PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ, _STEP, _LR, _EXTRA, _NUMEL, _HYPER = map(tl.constexpr, range(9))
+_SCALARS = tl.constexpr(16)  # 32-bit words a parameter in the table of derived scalars: one 64-byte line
+_STEP_BITS = tl.constexpr(24)
+# What a launch does with its gradients: one kernel, since these differ in a few lines of it.
+_PLAIN, _BERNOULLI, _CHILD, _CHILD_DECAY_ALL = map(tl.constexpr, range(4))
+
+
+@triton.jit(do_not_specialize=["n"])
+def _begin_kernel(table, scalars, n, grad_scale, found_inf, grad_norm, HAS_LRS: tl.constexpr, BLOCK: tl.constexpr):
+    """Advance the step counters and derive every parameter's scalars, in fp64; one lane a parameter.
+
+    grid: (ceil(n / BLOCK),)
+    """
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    own = i < n
+    hyper = table + _HYPER * n + i
+    lr = _fp64(hyper, 0, n, own)
+    beta1 = _fp64(hyper, 1, n, own)
+    beta2 = _fp64(hyper, 2, n, own)
+    eps = _fp64(hyper, 3, n, own)
+    weight_decay = _fp64(hyper, 4, n, own)
+    p = _fp64(hyper, 5, n, own)
+    sign = _fp64(hyper, 6, n, own)
+    hf = _fp64(hyper, 7, n, own) != 0
+    max_grad_norm = _fp64(hyper, 8, n, own)
+    if HAS_LRS:
+        lr_ptr = tl.load(table + _LR * n + i, mask=own, other=0).to(tl.pointer_type(tl.float32))
+        lr = tl.load(lr_ptr, mask=own, other=0.0).to(tl.float64)
+
+    apply = True
+    if found_inf is not None:
+        apply = tl.load(found_inf) == 0.0
+    step_ptr = tl.load(table + _STEP * n + i, mask=own, other=0).to(tl.pointer_type(tl.float32))
+    step = tl.load(step_ptr, mask=own, other=0.0) + 1.0
+    tl.store(step_ptr, step, mask=own & apply)
+    t = step.to(tl.int64)
+
+    one = tl.full([BLOCK], 1.0, tl.float64)
+    scale = one
+    if grad_scale is not None:
+        scale = tl.load(grad_scale).to(tl.float64) * one
+    clip = one
+    if grad_norm is not None:
+        clip = max_grad_norm / (tl.load(grad_norm).to(tl.float64) / scale + 1e-6)
+        clip = tl.where(clip >= one, one, clip)
+    power1, power2 = one, one
+    base1, base2 = beta1, beta2
+    for bit in tl.static_range(_STEP_BITS):
+        odd = ((t >> bit) & 1) == 1
+        power1 = tl.where(odd, power1 * base1, power1)
+        power2 = tl.where(odd, power2 * base2, power2)
+        base1 = base1 * base1
+        base2 = base2 * base2
+    sqrt_correction2 = tl.sqrt(one - power2)
+    shrink = 0.0 - lr * weight_decay
+    step_size = lr / (one - power1)
+    last_kept = (p * 4294967296.0).to(tl.int64) - 1
+
+    row = scalars + i * _SCALARS
+    _put(row, 0, sign * clip / scale, own)
+    _put(row, 1, one / p, own)
+    _put(row, 2, beta1, own)
+    _put(row, 3, one - beta1, own)
+    _put(row, 4, beta2, own)
+    _put(row, 5, one - beta2, own)
+    _put(row, 6, eps, own)
+    _put(row, 7, tl.where(hf, step_size * sqrt_correction2, step_size), own)
+    _put(row, 8, tl.where(hf, one, one / sqrt_correction2), own)
+    _put(row, 9, tl.where(hf, 0.0 * one, shrink), own)
+    _put(row, 10, tl.where(hf, shrink, 0.0 * one), own)
+    tl.store(row + 11, t.to(tl.int32), mask=own)
+    tl.store(row + 12, last_kept.to(tl.int32), mask=own)
+    tl.store(row + 13, tl.where(own & apply, 1, 0), mask=own)
+
+
+@triton.jit
+def _fp64(hyper, COLUMN: tl.constexpr, n, own):
+    return tl.load(hyper + COLUMN * n, mask=own, other=1).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _put(row, COLUMN: tl.constexpr, value, own):
+    tl.store(row + COLUMN, value.to(tl.float32).to(tl.int32, bitcast=True), mask=own)
+
+
+@triton.jit
+def _scalar(row, COLUMN: tl.constexpr):
+    return tl.load(row + COLUMN).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _advance(param, g, exp_avg, exp_avg_sq, row):
+    """Return the new fp32 (param, exp_avg, exp_avg_sq): the one Triton statement of the formula."""
+    exp_avg = _scalar(row, 2) * exp_avg + _scalar(row, 3) * g  # Alg. 1, line 8
+    exp_avg_sq = _scalar(row, 4) * exp_avg_sq + _scalar(row, 5) * (g * g)  # Alg. 1, line 9
+    param = param + _scalar(row, 9) * param
+    denominator = tl.sqrt_rn(exp_avg_sq) * _scalar(row, 8) + _scalar(row, 6)
+    param = param - _scalar(row, 7) * tl.div_rn(exp_avg, denominator)  # Alg. 1, lines 10-12
+    param = param + _scalar(row, 10) * param
+    return param, exp_avg, exp_avg_sq
+
+
+@triton.jit
+def _dense_block(
+    field,
+    n,
+    row,
+    start,
+    numel,
+    BERNOULLI: tl.constexpr,
+    PARAM_DTYPE: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    GRAD_ALIGNED: tl.constexpr,
+    FULL: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Update one block; ``FULL`` says that no element of it lies outside the tensor, so that accesses vectorise."""
+    offsets = tl.arange(0, BLOCK)  # from the block's start: 64-bit offsets an element would double the registers
+    inside = None if FULL else offsets < numel - start
+    param_ptr = pointer(tl.load(field + _PARAM * n), PARAM_DTYPE, ALIGNED) + start + offsets
+    grad_ptr = pointer(tl.load(field + _GRAD * n), PARAM_DTYPE, GRAD_ALIGNED) + start + offsets
+    exp_avg_ptr = pointer(tl.load(field + _EXP_AVG * n), STATE_DTYPE, ALIGNED) + start + offsets
+    exp_avg_sq_ptr = pointer(tl.load(field + _EXP_AVG_SQ * n), STATE_DTYPE, ALIGNED) + start + offsets
+    param = widened(tl.load(param_ptr, mask=inside), INTERPRET)
+    grad = widened(tl.load(grad_ptr, mask=inside), INTERPRET)
+    exp_avg = widened(tl.load(exp_avg_ptr, mask=inside), INTERPRET)
+    exp_avg_sq = widened(tl.load(exp_avg_sq_ptr, mask=inside), INTERPRET)
+
+    g = grad * _scalar(row, 0)
+    if BERNOULLI:
+        keep = keep_bits(
+            start, tl.load(field + _EXTRA * n), tl.load(row + 11).to(tl.uint32), tl.load(row + 12).to(tl.uint32), 0, BLOCK
+        )
+        g = tl.where(keep, g * _scalar(row, 1), 0.0)  # Eq. 4
+
+    param, exp_avg, exp_avg_sq = _advance(param, g, exp_avg, exp_avg_sq, row)
+
+    tl.store(param_ptr, rounded(param, PARAM_DTYPE, INTERPRET), mask=inside)
+    tl.store(exp_avg_ptr, rounded(exp_avg, STATE_DTYPE, INTERPRET), mask=inside)
+    tl.store(exp_avg_sq_ptr, rounded(exp_avg_sq, STATE_DTYPE, INTERPRET), mask=inside)
+
+
+@triton.jit
+def _masked_block(
+    field,
+    n,
+    row,
+    start,
+    numel,
+    DECAY_ALL: tl.constexpr,
+    PARAM_DTYPE: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    GRAD_ALIGNED: tl.constexpr,
+    FULL: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Update the child's share of one block. Groups of 4 elements without a child bit are neither read nor written.
+
+    Predicating by groups, not elements, keeps the accesses 16 bytes wide; a bit of the group's nibble decides per
+    element. Elements beside a child's are written back with the bits they had.
+    """
+    quads = tl.arange(0, BLOCK // 4)
+    lanes = tl.arange(0, 4)[None, :]
+    offsets = quads[:, None] * 4 + lanes
+    inside = None if FULL else offsets < numel - start
+    words = tl.load(field + _EXTRA * n).to(tl.pointer_type(tl.int32)) + start // 32 + quads // 8
+    word = tl.load(words, mask=quads * 4 < numel - start, other=0)
+    nibble = (word >> (quads % 8) * 4) & 15
+    keep = ((nibble[:, None] >> lanes) & 1) != 0
+    touched = (nibble != 0)[:, None] & (lanes >= 0)
+    if not FULL:
+        touched = touched & inside
+
+    param_ptr = pointer(tl.load(field + _PARAM * n), PARAM_DTYPE, ALIGNED) + start + offsets
+    grad_ptr = pointer(tl.load(field + _GRAD * n), PARAM_DTYPE, GRAD_ALIGNED) + start + offsets
+    exp_avg_ptr = pointer(tl.load(field + _EXP_AVG * n), STATE_DTYPE, ALIGNED) + start + offsets
+    exp_avg_sq_ptr = pointer(tl.load(field + _EXP_AVG_SQ * n), STATE_DTYPE, ALIGNED) + start + offsets
+    param_reach = inside if DECAY_ALL else touched
+    old_param = tl.load(param_ptr, mask=param_reach)
+    grad = tl.load(grad_ptr, mask=touched)
+    old_exp_avg = tl.load(exp_avg_ptr, mask=touched)
+    old_exp_avg_sq = tl.load(exp_avg_sq_ptr, mask=touched)
+
+    param = widened(old_param, INTERPRET)
+    g = widened(grad, INTERPRET) * _scalar(row, 0)
+    new_param, exp_avg, exp_avg_sq = _advance(
+        param, g, widened(old_exp_avg, INTERPRET), widened(old_exp_avg_sq, INTERPRET), row
+    )
+
+    if DECAY_ALL:  # as the released code: weights outside the child decay
+        param = param + _scalar(row, 9) * param
+        old_param = rounded(param + _scalar(row, 10) * param, PARAM_DTYPE, INTERPRET)
+    tl.store(param_ptr, tl.where(keep, rounded(new_param, PARAM_DTYPE, INTERPRET), old_param), mask=param_reach)
+    tl.store(exp_avg_ptr, tl.where(keep, rounded(exp_avg, STATE_DTYPE, INTERPRET), old_exp_avg), mask=touched)
+    tl.store(exp_avg_sq_ptr, tl.where(keep, rounded(exp_avg_sq, STATE_DTYPE, INTERPRET), old_exp_avg_sq), mask=touched)
+
+
+@triton.jit
+def _update_block(
+    field,
+    n,
+    row,
+    start,
+    numel,
+    RULE: tl.constexpr,
+    PARAM_DTYPE: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    GRAD_ALIGNED: tl.constexpr,
+    FULL: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    MASKED: tl.constexpr = RULE == _CHILD or RULE == _CHILD_DECAY_ALL
+    whole = True
+    if MASKED:
+        whole = tl.load(field + _EXTRA * n) == 0  # no words: a tensor that the mask does not name
+    if whole:
+        _dense_block(
+            field, n, row, start, numel, RULE == _BERNOULLI,
+            PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED, FULL, INTERPRET, BLOCK,
+        )  # fmt: skip
+    elif MASKED:
+        _masked_block(
+            field, n, row, start, numel, RULE == _CHILD_DECAY_ALL,
+            PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED, FULL, INTERPRET, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["coarse_shift", "first_row", "n"])
+def _update_kernel(
+    table,
+    scalars,
+    first_block,
+    coarse,
+    coarse_shift,
+    first_row,
+    n,
+    RULE: tl.constexpr,
+    PARAM_DTYPE: tl.constexpr,
+    STATE_DTYPE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Update all tensors of one combination of dtypes, a block a program.
+
+    grid: (total blocks,)
+    """
+    tensor, block = locate(first_block, coarse, coarse_shift)
+    row = scalars + (first_row + tensor) * _SCALARS
+    field = table + first_row + tensor
+    start = block * BLOCK
+    numel = tl.load(field + _NUMEL * n)
+    aligned = (
+        is_aligned(tl.load(field + _PARAM * n), PARAM_DTYPE)
+        & is_aligned(tl.load(field + _EXP_AVG * n), STATE_DTYPE)
+        & is_aligned(tl.load(field + _EXP_AVG_SQ * n), STATE_DTYPE)
+    )
+    if tl.load(row + 13) != 0:  # else the gradients overflowed: nothing is written
+        if aligned & (start + BLOCK <= numel):
+            # gradients that are views of a bucket may lie anywhere, and must not make the rest scalar
+            if is_aligned(tl.load(field + _GRAD * n), PARAM_DTYPE):
+                _update_block(
+                    field, n, row, start, numel, RULE, PARAM_DTYPE, STATE_DTYPE, True, True, True, INTERPRET, BLOCK
+                )
+            else:
+                _update_block(
+                    field, n, row, start, numel, RULE, PARAM_DTYPE, STATE_DTYPE, True, False, True, INTERPRET, BLOCK
+                )
+        else:  # a quarter at a time: scalar accesses need 118 registers a thread for a whole block, vectors 62
+            for part in range(start, start + BLOCK, BLOCK // 4):
+                _update_block(
+                    field, n, row, part, numel, RULE,
+                    PARAM_DTYPE, STATE_DTYPE, False, False, False, INTERPRET, BLOCK // 4,
+                )  # fmt: skip
+
+
+def _run(rule, lists, extra, lrs, grad_scale, found_inf, grad_norm) -> None:
+    """Upload one table, derive the scalars in one launch, update in one launch a combination of dtypes."""
+    params, grads, exp_avgs, exp_avg_sqs, steps, hyper = lists
+    if not params:
+        return
+    device, n = params[0].device, len(params)
+    numels = tuple(map(Tensor.numel, params))
+    plan = layout(device, numels, tuple([(p.dtype, m.dtype) for p, m in zip(params, exp_avgs, strict=True)]))
+    fields = [addresses(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, steps)]
+    fields += [addresses(lrs) if lrs else np.zeros(n, np.int64), extra, np.array(numels)]
+    host = np.concatenate((fields, hyper.numpy().view(np.int64).T))
+    if plan.order is not None:
+        host = host[:, plan.order]
+    with on_device(device):
+        table = upload(host, device)
+        scalars = torch.empty(n * _SCALARS.value, dtype=torch.int32, device=device)
+        _begin_kernel[(triton.cdiv(n, 128),)](
+            table, scalars, n, grad_scale, found_inf, grad_norm, HAS_LRS=bool(lrs), BLOCK=128, **OPTIONS
+        )
+        for launch in plan.launches:
+            param_dtype, state_dtype = launch.dtypes
+            _update_kernel[(launch.n_blocks,)](
+                table,
+                scalars,
+                launch.first_block,
+                launch.coarse,
+                launch.coarse_shift,
+                launch.first_row,
+                n,
+                RULE=rule,
+                PARAM_DTYPE=TRITON_DTYPES[param_dtype],
+                STATE_DTYPE=TRITON_DTYPES[state_dtype],
+                INTERPRET=INTERPRET,
+                BLOCK=BLOCK,
+                **OPTIONS,
+            )
+
+
+def adamw_(
+    params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs=(), grad_scale=None, found_inf=None, grad_norm=None
+) -> None:
+    """Launch `reference.adamw_`."""
+    lists = (params, grads, exp_avgs, exp_avg_sqs, steps, hyper)
+    _run(_PLAIN.value, lists, np.zeros(len(params), np.int64), lrs, grad_scale, found_inf, grad_norm)
+
+
+def adamw_bernoulli_(
+    params, grads, exp_avgs, exp_avg_sqs, steps, hyper, keys, lrs=(), grad_scale=None, found_inf=None, grad_norm=None
+) -> None:
+    """Launch `reference.adamw_bernoulli_`."""
+    lists = (params, grads, exp_avgs, exp_avg_sqs, steps, hyper)
+    _run(_BERNOULLI.value, lists, np.array(keys, np.int64), lrs, grad_scale, found_inf, grad_norm)
+
+
+def adamw_masked_(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    steps,
+    hyper,
+    mask_words,
+    decay_all,
+    lrs=(),
+    grad_scale=None,
+    found_inf=None,
+    grad_norm=None,
+) -> None:
+    """Launch `reference.adamw_masked_`."""
+    lists = (params, grads, exp_avgs, exp_avg_sqs, steps, hyper)
+    words = np.array([w.data_ptr() if w.numel() else 0 for w in mask_words], np.int64)
+    _run((_CHILD_DECAY_ALL if decay_all else _CHILD).value, lists, words, lrs, grad_scale, found_inf, grad_norm)

@@ -1,0 +1,88 @@
+"""Packed bits in Triton: F's stream and thresholded scores into int32 words, and counting them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import philox
+from .triton_launch import INTERPRET, OPTIONS, on_device, widened
+from .triton_philox import keep_bits
+
+_BLOCK = 4096  # bits a program
+
+
+@triton.jit
+def _store_bits(words, start, bits, numel, BLOCK: tl.constexpr):
+    """Pack BLOCK bools into words start / 32 ...; bits from ``numel`` on are 0."""
+    inside = start + tl.arange(0, BLOCK) < numel
+    lanes = tl.arange(0, 32)[None, :]
+    packed = tl.sum(tl.reshape((bits & inside).to(tl.int32), [BLOCK // 32, 32]) << lanes, axis=1)
+    index = start // 32 + tl.arange(0, BLOCK // 32)
+    tl.store(words + index, packed, mask=index * 32 < numel)
+
+
+@triton.jit(do_not_specialize=["numel", "key", "step", "last_kept", "domain", "offset"])
+def _bernoulli_bits_kernel(words, numel, key, step, last_kept, domain, offset, BLOCK: tl.constexpr):
+    """grid: (ceil(numel / BLOCK),); 64-bit integers as int64, 32-bit words as their two's complement."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    bits = keep_bits(offset + start, key, step.to(tl.uint32), last_kept.to(tl.uint32), domain.to(tl.uint32), BLOCK)
+    _store_bits(words, start, bits, numel, BLOCK)
+
+
+@triton.jit(do_not_specialize=["numel"])
+def _threshold_bits_kernel(scores, words, numel, threshold, INTERPRET: tl.constexpr, BLOCK: tl.constexpr):
+    """grid: (ceil(numel / BLOCK),)"""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = start + tl.arange(0, BLOCK)
+    score = widened(tl.load(scores + offsets, mask=offsets < numel, other=0.0), INTERPRET)
+    _store_bits(words, start, score >= threshold, numel, BLOCK)
+
+
+@triton.jit(do_not_specialize=["n_words"])
+def _popcount_kernel(words, count, n_words, BLOCK: tl.constexpr):
+    """grid: (ceil(n_words / BLOCK),); LLVM turns the shifts and masks into one popc instruction."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(words + offsets, mask=offsets < n_words, other=0).to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = (x + (x >> 8) + (x >> 16) + (x >> 24)) & 0x3F
+    tl.atomic_add(count, tl.sum(x.to(tl.int64), axis=0))
+
+
+def bernoulli_bits(numel, key, step, p, domain, offset, device) -> Tensor:
+    """Launch `reference.bernoulli_bits`."""
+    words = torch.empty((numel + 31) // 32, dtype=torch.int32, device=device)
+    last_kept = philox.as_signed(philox.keep_threshold(p) - 1, 32)
+    with on_device(words.device):
+        if numel:
+            _bernoulli_bits_kernel[(triton.cdiv(numel, _BLOCK),)](
+                words, numel, key, philox.as_signed(step, 32), last_kept, domain, offset, BLOCK=_BLOCK, **OPTIONS
+            )
+    return words
+
+
+def threshold_bits(scores, threshold) -> Tensor:
+    """Launch `reference.threshold_bits`."""
+    numel = scores.numel()
+    words = torch.empty((numel + 31) // 32, dtype=torch.int32, device=scores.device)
+    with on_device(scores.device):
+        if numel:
+            _threshold_bits_kernel[(triton.cdiv(numel, _BLOCK),)](
+                scores, words, numel, threshold, INTERPRET=INTERPRET, BLOCK=_BLOCK, **OPTIONS
+            )
+    return words
+
+
+def popcount_bits(words) -> Tensor:
+    """Launch `reference.popcount_bits`."""
+    count = torch.zeros((), dtype=torch.int64, device=words.device)
+    with on_device(words.device):
+        if words.numel():
+            _popcount_kernel[(triton.cdiv(words.numel(), _BLOCK),)](
+                words, count, words.numel(), BLOCK=_BLOCK, **OPTIONS
+            )
+    return count

@@ -1,0 +1,109 @@
+"""The squared-gradient accumulator: one term of the empirical Fisher information (Eq. 10), all tensors in one launch."""
+
+from __future__ import annotations
+
+import numpy as np
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_launch import (
+    BLOCK,
+    INTERPRET,
+    OPTIONS,
+    TRITON_DTYPES,
+    addresses,
+    is_aligned,
+    layout,
+    locate,
+    on_device,
+    pointer,
+    upload,
+    widened,
+)
+
+_ACCUMULATOR, _GRAD, _NUMEL = map(tl.constexpr, range(3))  # fields of the table
+
+
+@triton.jit
+def _square_block(
+    field,
+    n,
+    start,
+    numel,
+    scale,
+    GRAD_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    GRAD_ALIGNED: tl.constexpr,
+    FULL: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offsets = tl.arange(0, BLOCK)
+    inside = None if FULL else offsets < numel - start
+    total_ptr = pointer(tl.load(field + _ACCUMULATOR * n), tl.float32, ALIGNED) + start + offsets
+    grad_ptr = pointer(tl.load(field + _GRAD * n), GRAD_DTYPE, GRAD_ALIGNED) + start + offsets
+    total = tl.load(total_ptr, mask=inside)
+    grad = widened(tl.load(grad_ptr, mask=inside), INTERPRET)
+
+    total = total + (grad * grad) * scale
+
+    tl.store(total_ptr, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["coarse_shift", "first_row", "n"])
+def _square_accumulate_kernel(
+    table,
+    first_block,
+    coarse,
+    coarse_shift,
+    first_row,
+    n,
+    scale,
+    GRAD_DTYPE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """accumulator += grad**2 * scale.
+
+    grid: (total blocks,)
+    """
+    tensor, block = locate(first_block, coarse, coarse_shift)
+    field = table + first_row + tensor
+    start = block * BLOCK
+    numel = tl.load(field + _NUMEL * n)
+    if is_aligned(tl.load(field + _ACCUMULATOR * n), tl.float32) & (start + BLOCK <= numel):
+        if is_aligned(tl.load(field + _GRAD * n), GRAD_DTYPE):
+            _square_block(field, n, start, numel, scale, GRAD_DTYPE, True, True, True, INTERPRET, BLOCK)
+        else:
+            _square_block(field, n, start, numel, scale, GRAD_DTYPE, True, False, True, INTERPRET, BLOCK)
+    else:
+        _square_block(field, n, start, numel, scale, GRAD_DTYPE, False, False, False, INTERPRET, BLOCK)
+
+
+def square_accumulate_(accumulators, grads, scale) -> None:
+    """Launch `reference.square_accumulate_`."""
+    if not accumulators:
+        return
+    device, n = accumulators[0].device, len(accumulators)
+    numels = tuple(map(Tensor.numel, accumulators))
+    plan = layout(device, numels, tuple((g.dtype,) for g in grads))
+    host = np.stack((addresses(accumulators), addresses(grads), np.array(numels)))
+    if plan.order is not None:
+        host = host[:, plan.order]
+    with on_device(device):
+        table = upload(host, device)
+        for launch in plan.launches:
+            _square_accumulate_kernel[(launch.n_blocks,)](
+                table,
+                launch.first_block,
+                launch.coarse,
+                launch.coarse_shift,
+                launch.first_row,
+                n,
+                scale,
+                GRAD_DTYPE=TRITON_DTYPES[launch.dtypes[0]],
+                INTERPRET=INTERPRET,
+                BLOCK=BLOCK,
+                **OPTIONS,
+            )

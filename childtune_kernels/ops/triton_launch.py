@@ -1,0 +1,142 @@
+"""How one Triton launch serves any list of tensors: address tables, and which program works on which block.
+
+A kernel gets one int64 table, field by field, and one program a block of a tensor. Programs find their tensor by a
+coarse index and a short scan: a table of (tensor, block) pairs would take 2.6 MB for BERT-large, this takes 16 KB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024  # elements a program; with 4 warps, 8 elements a thread
+NUM_WARPS = 4
+_COARSE_ENTRIES = 4096
+INTERPRET = triton.knobs.runtime.interpret
+
+# Arithmetic as written: no fused multiply-add, so that every implementation rounds alike.
+OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+
+
+class Launch(NamedTuple):
+    """One launch over the tensors first_row .. first_row + n_tensors - 1 of a table."""
+
+    dtypes: tuple[torch.dtype, ...]
+    first_row: int
+    n_blocks: int
+    first_block: Tensor  # int32 [n_tensors + 1]: blocks before each tensor
+    coarse: Tensor  # int32: the tensor of every 2**coarse_shift-th block
+    coarse_shift: int
+
+
+class Layout(NamedTuple):
+    """A list of tensors, sorted by dtypes: ``order`` is None where it already was."""
+
+    order: list[int] | None
+    launches: tuple[Launch, ...]
+
+
+@functools.lru_cache(maxsize=32)
+def layout(device: torch.device, numels: tuple[int, ...], dtypes: tuple[tuple[torch.dtype, ...], ...]) -> Layout:
+    """Lay the blocks of a list of tensors out, one launch a combination of dtypes. Cached: shapes seldom change."""
+    kinds = list(dict.fromkeys(dtypes))
+    ranks = [kinds.index(d) for d in dtypes]
+    order = sorted(range(len(numels)), key=ranks.__getitem__)
+    launches, first_row = [], 0
+    for kind, dtype in enumerate(kinds):
+        rows = [i for i in order if ranks[i] == kind]
+        blocks = [(numels[i] + BLOCK - 1) // BLOCK for i in rows]
+        if n_blocks := sum(blocks):
+            first_block = np.concatenate(([0], np.cumsum(blocks)))
+            shift = max(0, (n_blocks - 1).bit_length() - _COARSE_ENTRIES.bit_length() + 1)
+            coarse = np.searchsorted(first_block, np.arange(0, n_blocks, 1 << shift), side="right") - 1
+            index = [torch.from_numpy(a.astype(np.int32)).to(device) for a in (first_block, coarse)]
+            launches.append(Launch(dtype, first_row, n_blocks, *index, shift))
+        first_row += len(rows)
+    return Layout(None if order == list(range(len(numels))) else order, tuple(launches))
+
+
+_captured: list[Tensor] = []  # staging that CUDA graphs copy from at every replay: must outlive them
+
+
+def upload(table: np.ndarray, device: torch.device) -> Tensor:
+    """Return a copy of an int64 table on the device, without waiting for it.
+
+    Staged through pinned memory. torch's caching allocator hands a staging block out again only when the copy from
+    it has run; under capture the block is kept for good, since every replay copies from it.
+    """
+    if device.type == "cpu":  # the interpreter
+        return torch.from_numpy(table)
+    host = torch.empty(table.shape, dtype=torch.int64, pin_memory=True)
+    host.numpy()[:] = table
+    result = host.to(device, non_blocking=True)
+    if torch.cuda.is_current_stream_capturing():
+        _captured.extend((host, result))
+    return result
+
+
+def addresses(tensors: list[Tensor]) -> np.ndarray:
+    """Return the tensors' addresses, read anew at every step: gradients move."""
+    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+
+
+def on_device(device: torch.device):
+    """Make ``device`` current: Triton launches there, whatever device the tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def locate(first_block, coarse, coarse_shift):
+    """Return this program's tensor and its block within the tensor, int64."""
+    pid = tl.program_id(0)
+    tensor = tl.load(coarse + (pid >> coarse_shift))
+    while tl.load(first_block + tensor + 1) <= pid:
+        tensor += 1
+    return tensor, (pid - tl.load(first_block + tensor)).to(tl.int64)
+
+
+@triton.jit
+def pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Cast a table entry to a pointer. The hint must follow the cast: on the integer it would be lost.
+
+    ALIGNED promises 4 elements, 16 bytes for fp32 and 8 for 16 bit: beside fp32 moments a 16-byte hint on 16-bit
+    weights adds a round trip through shared memory (0.85 of the H200's copy bandwidth instead of 0.98).
+    """
+    result = address.to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        result = tl.multiple_of(result, DTYPE.primitive_bitwidth // 2)
+    return result
+
+
+@triton.jit
+def is_aligned(address, DTYPE: tl.constexpr):
+    return address % (DTYPE.primitive_bitwidth // 2) == 0
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """Round fp32 to DTYPE, to nearest even. Triton's interpreter would truncate to bfloat16."""
+    if INTERPRET and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        half = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+        half = tl.where(x == x, half, 0x7FC0).to(tl.uint16)  # a NaN must not round up to infinity
+        return half.to(tl.bfloat16, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def widened(x, INTERPRET: tl.constexpr):
+    """Widen to fp32. Triton's interpreter gets bfloat16 subnormals wrong."""
+    if INTERPRET and x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)

