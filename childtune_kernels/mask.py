@@ -37,7 +37,8 @@ class ChildMask:
             expected = (torch.Size(shapes[name]).numel() + 31) // 32
             if packed.dtype != torch.int32 or packed.shape != (expected,):
                 raise ValueError(
-                    f"words[{name!r}] must be int32 of shape ({expected},), got {packed.dtype} of shape {tuple(packed.shape)}"
+                    f"words[{name!r}] must be int32 of shape ({expected},), "
+                    f"got {packed.dtype} of shape {tuple(packed.shape)}"
                 )
         self._words = dict(words)
         self._shapes = {name: torch.Size(shape) for name, shape in shapes.items()}

@@ -179,10 +179,9 @@ class ChildAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         params = list(chain.from_iterable([group["params"] for group in self.param_groups]))
-        grads = [p.grad for p in params]
-        if self._plan is None or not self._plan.serves(params, grads):
-            self._plan = Plan(self, params, grads)
-        self._plan.run(self, grads)
+        if self._plan is None or not self._plan.serves(self, params):
+            self._plan = Plan(self, params)
+        self._plan.run(self)
         return loss
 
     def named(self) -> list[tuple[Tensor, str, dict]]:
@@ -206,8 +205,10 @@ class ChildAdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as in torch.optim. Nothing is added if anything in it is refused."""
-        check_group({**self.defaults, **param_group})
+        self._check_group({**self.defaults, **param_group})
         params = param_group["params"]
+        if isinstance(params, set):
+            raise TypeError("params must be in order, because positions name parameters, got a set")
         group = {**param_group, "params": [params] if isinstance(params, Tensor) else list(params)}
         entries = [entry if isinstance(entry, tuple) else (None, entry) for entry in group["params"]]
         position = sum(len(g["params"]) for g in self.param_groups)
@@ -221,13 +222,14 @@ class ChildAdamW(torch.optim.Optimizer):
                     raise ValueError(f"mask of {name!r} must have shape {expected}, got {got}")
             require("params", name, name not in taken, "a name not used before")
             taken.add(name)
-        reserve_p = group.get("reserve_p", self.defaults["reserve_p"])
-        require(
-            "reserve_p", reserve_p, self.mask is None or reserve_p == 1, "1 where a mask is given: F or D, not both"
-        )
         require("params", "a repeated tensor", len({id(p) for _, p in entries}) == len(entries), "distinct tensors")
         super().add_param_group(group)
         self._plan = None
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_group(group)
+        p = group["reserve_p"]
+        require("reserve_p", p, self.mask is None or p == 1, "1 where a mask is given: F or D, not both")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state of this optimizer or of torch.optim.AdamW; groups and seeds come from the state.
@@ -276,9 +278,10 @@ class ChildAdamW(torch.optim.Optimizer):
             )
             require("state_dict", "amsgrad state", not saved.get("amsgrad"), "state without amsgrad")
             names, saved_names = own.get("param_names"), saved.get("param_names")
-            same = names is None or saved_names is None or names == saved_names
-            require("state_dict", saved_names, same, f"parameters named {names}")
-            check_group({**{k: v for k, v in own.items() if k != "params"}, **saved})
+            same = saved_names is None or names == saved_names or (names is None and self.mask is None)
+            by_position = "parameters without names: this optimizer's mask knows them by position"
+            require("state_dict", saved_names, same, f"parameters named {names}" if names else by_position)
+            self._check_group({**{k: v for k, v in own.items() if k != "params"}, **saved})
             for param, index in zip(own["params"], saved["params"], strict=True):
                 if entry := loaded["state"].get(index):
                     state[param] = self._read_entry(param, index, entry)

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from . import ops, philox
 from .ops import checks
+from .ops.fixed import Fixed, addresses
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE = ("step", *MOMENTS)
 
 
 def require(name: str, got: Any, ok: bool, expected: str) -> None:
@@ -36,8 +38,8 @@ def check_group(group: dict[str, Any]) -> None:
         require("lr", f"a tensor of shape {tuple(lr.shape)}", lr.numel() == 1, "a float or a tensor of one element")
     numbers = {"eps": group["eps"], "weight_decay": group["weight_decay"], "reserve_p": group["reserve_p"]}
     if not (isinstance(lr, Tensor) and lr.is_cuda):  # looking into a CUDA tensor would wait for the device
-        numbers["lr"] = float(lr)
-    require("betas", betas, len(betas) == 2, "a pair")
+        numbers["lr"] = float(lr) if isinstance(lr, Tensor) else lr
+    require("betas", betas, isinstance(betas, (tuple, list)) and len(betas) == 2, "a pair")
     numbers.update({"betas[0]": betas[0], "betas[1]": betas[1]})
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -52,9 +54,11 @@ def check_group(group: dict[str, Any]) -> None:
 def hyper_row(group: dict[str, Any], dialect: str, max_grad_norm: float | None) -> tuple[float, ...]:
     """Return a group's row of the ops' hyper table, in the order of `ops.HYPER_COLUMNS`."""
     lr = group["lr"]
+    beta1, beta2 = group["betas"]
     return (
-        0.0 if isinstance(lr, Tensor) and lr.is_cuda else float(lr),  # a CUDA lr is read by the kernels
-        *group["betas"],
+        (0.0 if lr.is_cuda else lr.item()) if isinstance(lr, Tensor) else lr,  # a CUDA lr is read by the kernels
+        beta1,
+        beta2,
         group["eps"],
         group["weight_decay"],
         group["reserve_p"],
@@ -73,37 +77,47 @@ def global_norm(lists: list[list[Tensor]]) -> Tensor:
 
 
 class Plan:
-    """The parameters that have gradients, by device; one op call each.
+    """The parameters that have gradients, by device; one op call each. Making a plan checks everything.
 
     Raises:
-        RuntimeError, TypeError: a parameter, gradient or state tensor is not what the kernels take.
+        RuntimeError, TypeError, ValueError: a parameter, gradient, state tensor or hyper-parameter is not what the
+            kernels take. Nothing has been changed then.
     """
 
-    def __init__(self, optimizer, params: list[Tensor], grads: list[Tensor | None]):
+    def __init__(self, optimizer, params: list[Tensor]):
         self.params = params
-        self.without_grad = [g is None for g in grads]
+        self.idle = [p for p in params if p.grad is None]
         rows: dict[torch.device, list] = {}
         group_of = [index for index, group in enumerate(optimizer.param_groups) for _ in group["params"]]
-        for position, (param, name, _) in enumerate(optimizer.named()):
-            if grads[position] is not None:
+        for (param, name, _), group in zip(optimizer.named(), group_of, strict=True):
+            if param.grad is not None:
                 checks.check_parameter(f"params: {name!r}", param)
-                checks.check_gradient(f"parameter {name!r}", grads[position], param)
-                rows.setdefault(param.device, []).append((position, param, name, group_of[position]))
+                checks.check_gradient(f"parameter {name!r}", param.grad, param)
+                rows.setdefault(param.device, []).append((param, name, group))
         self.batches = [_Batch(optimizer, device, members) for device, members in rows.items()]
+        missing = [p for batch in self.batches for p in batch.params if not optimizer.state.get(p)]
+        if missing:
+            optimizer.init_state(missing)
+        for batch in self.batches:
+            batch.take_state(optimizer)
+            batch.fits()
+        self.entries = list(optimizer.state.values())
 
-    def serves(self, params: list[Tensor], grads: list[Tensor | None]) -> bool:
-        """Whether this plan still fits: the same parameters, in place, and the same ones with gradients."""
+    def serves(self, optimizer, params: list[Tensor]) -> bool:
+        """Whether this plan still fits: nothing was replaced or moved, and the same parameters have gradients."""
         return (
             len(params) == len(self.params)
             and all(map(is_, params, self.params))
-            and [g is None for g in grads] == self.without_grad
-            and all(batch.fits(grads) for batch in self.batches)
+            and not any([p.grad is not None for p in self.idle])
+            and len(optimizer.state) == len(self.entries)
+            and all(map(is_, optimizer.state.values(), self.entries))
+            and all([batch.fits() for batch in self.batches])
         )
 
-    def run(self, optimizer, grads: list[Tensor | None]) -> None:
-        """Do the step. Everything that can be refused is refused before the first write."""
+    def run(self, optimizer) -> None:
+        """Do the step. What can be refused is refused before the first write."""
         for batch in self.batches:
-            batch.prepare(optimizer, grads)
+            batch.take_settings(optimizer)
         grad_norm = None
         if optimizer.max_grad_norm is not None and self.batches:
             grad_norm = global_norm([batch.grads for batch in self.batches])
@@ -115,73 +129,78 @@ class Plan:
 class _Batch:
     """One op call: the parameters of one device."""
 
-    def __init__(self, optimizer, device: torch.device, members: list[tuple[int, Tensor, str, int]]):
+    def __init__(self, optimizer, device: torch.device, members: list[tuple[Tensor, str, int]]):
         self.device = device
-        self.positions, self.params, self.names, self.group_of = map(list, zip(*members, strict=True))
+        params, self.names, self.group_of = map(list, zip(*members, strict=True))
+        self.params = Fixed(params)
         self.kernels = ops.implementation(optimizer.requested_impl, device.type)
-        self.layout = _layout(self.params)
-        self.dtypes = [p.dtype for p in self.params]
-        self.layouts = [torch.strided] * len(self.params)
-        self.contiguous = all(p.is_contiguous() for p in self.params)
+        self.contiguous = all(p.is_contiguous() for p in params)
         self.mask_words = None
         if optimizer.mask is not None:
             none = torch.empty(0, dtype=torch.int32, device=device)  # no words: the whole tensor is in the child
             mask = optimizer.mask
-            self.mask_words = [mask.words(n).to(device) if n in mask else none for n in self.names]
-        self.moments: list[Tensor] = []
+            self.mask_words = Fixed(mask.words(n).to(device) if n in mask else none for n in self.names)
         self.settings: tuple | None = None
+        self.take_settings(optimizer)
 
-    def fits(self, grads: list[Tensor | None]) -> bool:
-        own = [grads[i] for i in self.positions]
-        return (
-            _layout(self.params) == self.layout
-            and [g.dtype for g in own] == self.dtypes
-            and [g.layout for g in own] == self.layouts
-        )
-
-    def prepare(self, optimizer, grads: list[Tensor | None]) -> None:
-        """Gather what the op takes, without changing anything but missing state."""
-        own = [grads[i] for i in self.positions]
-        self.grads = [g if g.is_contiguous() else g.contiguous() for g in own]
-        missing = [p for p in self.params if not optimizer.state.get(p)]
-        if missing:
-            optimizer.init_state(missing)
-        states = [optimizer.state[p] for p in self.params]
-        self.steps, self.exp_avgs, self.exp_avg_sqs = (list(map(itemgetter(k), states)) for k in ("step", *MOMENTS))
-        moments = self.steps + self.exp_avgs + self.exp_avg_sqs
-        if len(moments) != len(self.moments) or not all(map(is_, moments, self.moments)):
-            for name, *tensors in zip(
-                self.names, self.params, self.steps, self.exp_avgs, self.exp_avg_sqs, strict=True
-            ):
-                checks.check_state(f"state of {name!r}", *tensors)
-            self.moments = moments
-        self._take_settings(optimizer)
-
-    def _take_settings(self, optimizer) -> None:
+    def take_settings(self, optimizer) -> None:
         """Rebuild the hyper table where a scheduler or the user changed something."""
         groups = optimizer.param_groups
-        rows = [hyper_row(group, optimizer.dialect, optimizer.max_grad_norm) for group in groups]
-        settings = (rows, [group["seed"] for group in groups])
-        if settings != self.settings:
-            table = torch.tensor(rows, dtype=torch.float64)
-            betas = table[:, 1:3]
+        try:
+            rows = [hyper_row(group, optimizer.dialect, optimizer.max_grad_norm) for group in groups]
+            settings = (rows, [group["seed"] for group in groups])
+            table = None if settings == self.settings else torch.tensor(rows, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            for group in groups:
+                check_group(group)  # says which one it is, and what is wrong with it
+            raise
+        if table is not None:
             p = table[:, 5]
-            if not ((table[:, :5] >= 0).all() and (betas < 1).all() and ((p > 0) & (p <= 1)).all()):
+            if not ((table[:, :5] >= 0).all() and (table[:, 1:3] < 1).all() and ((p >= 2**-32) & (p <= 1)).all()):
                 for group in groups:
                     check_group(group)  # says which one it is
             self.hyper = table[self.group_of]
             self.random = bool((p < 1).any())
-            require("reserve_p", p.tolist(), not (self.random and self.mask_words), "1 where a mask is given")
+            both = self.random and self.mask_words is not None
+            require("reserve_p", p.tolist(), not both, "1 where a mask is given: F or D, not both")
             seeds = [groups[g]["seed"] for g in self.group_of]
-            self.keys = [philox.stream_key(seed, name) for seed, name in zip(seeds, self.names, strict=True)]
+            self.keys = Fixed(philox.stream_key(seed, name) for seed, name in zip(seeds, self.names, strict=True))
             self.settings = settings
         self.lrs = []
-        if (
-            any(isinstance(group["lr"], Tensor) and group["lr"].is_cuda for group in groups)
-            and self.device.type == "cuda"
-        ):
-            lrs = [torch.as_tensor(group["lr"]).to(self.device, torch.float32).view(()) for group in groups]
+        if any([isinstance(g["lr"], Tensor) and g["lr"].is_cuda for g in groups]):
+            lrs = [_scalar_on(self.device, group["lr"]) for group in groups]
             self.lrs = [lrs[g] for g in self.group_of]
+
+    def take_state(self, optimizer) -> None:
+        self.states = [optimizer.state[p] for p in self.params]
+        self.steps, self.exp_avgs, self.exp_avg_sqs = (Fixed(map(itemgetter(k), self.states)) for k in STATE)
+        for name, *tensors in zip(self.names, self.params, self.steps, self.exp_avgs, self.exp_avg_sqs, strict=True):
+            checks.check_state(f"state of {name!r}", *tensors)
+
+    def fits(self) -> bool:
+        """Take this step's gradients; return whether they and everything else are as they were checked.
+
+        Addresses tell what `module.to(...)`, `p.data = ...` or offloading of the state moved; torch itself sees to
+        the shape and device of a gradient, but not always to its dtype (`grad_dtype`).
+        """
+        grads = [p.grad for p in self.params]
+        try:
+            if [g.dtype for g in grads] != self.params.dtypes:
+                return False
+            if not all(map(Tensor.is_contiguous, grads)):
+                if any(g.layout != torch.strided for g in grads):
+                    return False
+                grads = [g.contiguous() for g in grads]
+        except (AttributeError, RuntimeError):  # a gradient is None, or of a sparse layout that has no strides
+            return False
+        self.grads = Fixed(grads)
+        steps, exp_avgs, exp_avg_sqs = (list(map(itemgetter(key), self.states)) for key in STATE)
+        return (
+            _unmoved(self.params, self.params)
+            and _unmoved(exp_avgs, self.exp_avgs)
+            and all(map(is_, exp_avg_sqs, self.exp_avg_sqs))
+            and all(map(is_, steps, self.steps))
+        )
 
     def launch(self, optimizer, scaling: tuple[Tensor | None, ...]) -> None:
         params = self.params if self.contiguous else [p.contiguous() for p in self.params]
@@ -201,11 +220,12 @@ class _Batch:
         del self.grads  # a plan outlives the step; gradients must not
 
 
-def _layout(params: list[Tensor]) -> tuple[list, ...]:
-    """What `p.data = ...` or `module.to(...)` may change without replacing the parameter object."""
-    return (
-        [p.dtype for p in params],
-        [p.numel() for p in params],
-        [p.get_device() for p in params],
-        [p.is_contiguous() for p in params],
-    )
+def _scalar_on(device: torch.device, lr: float | Tensor) -> Tensor:
+    """Return a learning rate as float32 [] there; only a CUDA tensor on a CPU's behalf is waited for."""
+    if isinstance(lr, Tensor) and lr.is_cuda:
+        return lr.to(device, torch.float32).view(())
+    return torch.full((), float(lr), dtype=torch.float32, device=device)
+
+
+def _unmoved(tensors: list[Tensor], checked: Fixed) -> bool:
+    return bool((addresses(tensors) == checked.addresses).all())

@@ -111,11 +111,11 @@ def _triton_unavailable(device_type: str) -> str | None:
 
 def _update_op(op: str):
     names = [part.split()[-1] for part in SCHEMAS[op].split("->")[0].strip(" ()").split(", ")]
-    extra = [name.split("=")[0] for name in names[6:] if name in ("keys", "mask_words", "lrs")]
+    names = [name.split("=")[0] for name in names[6:]]
 
     def run(params, grads, exp_avgs, exp_avg_sqs, steps, hyper, *rest):
-        lists = {name: value for name, value in zip(names[6:], rest, strict=False) if name in extra}
-        checks.check_update(params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lists)
+        extra = dict(zip(names, rest, strict=False))  # the dispatcher leaves out trailing defaults
+        checks.check_update(params, grads, exp_avgs, exp_avg_sqs, steps, hyper, extra)
         if params:
             kernel = getattr(implementation("auto", params[0].device.type), op)
             kernel(params, grads, exp_avgs, exp_avg_sqs, steps, hyper, *rest)
@@ -138,7 +138,7 @@ def _square_accumulate(accumulators, grads, scale):
 
 
 def _bernoulli_bits(numel, key, step, p, domain, offset, device):
-    checks.check_stream(numel, step, p, offset)
+    checks.check_stream(numel, step, p, domain, offset)
     return implementation("auto", device.type).bernoulli_bits(numel, key, step, p, domain, offset, device)
 
 

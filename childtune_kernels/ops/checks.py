@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .reference import HYPER_COLUMNS
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,33 +46,45 @@ def check_update(
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
     hyper: Tensor,
-    extra: dict[str, Sequence],
+    extra: dict[str, Any],
 ) -> None:
-    """Check the lists of one update op before anything is written.
+    """Check the arguments of one update op, ``extra`` being those after hyper by name, before anything is written.
 
     Raises:
-        RuntimeError, TypeError: an argument differs from what the op's schema comment promises.
+        RuntimeError, TypeError, ValueError: an argument differs from what the op's schema comment promises.
     """
     n = len(params)
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps, **extra}
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
+    lists.update({name: extra[name] for name in ("keys", "mask_words", "lrs") if name in extra})
     for name, values in lists.items():
         if len(values) != n and not (name == "lrs" and not values):
             raise RuntimeError(f"{name} must have {n} entries, one a parameter, got {len(values)}")
-    if hyper.dtype != torch.float64 or hyper.dim() != 2 or hyper.shape[0] != n or hyper.is_cuda:
+    if (hyper.dtype, hyper.shape, hyper.device.type) != (torch.float64, (n, len(HYPER_COLUMNS)), "cpu"):
         raise RuntimeError(
-            f"hyper must be a float64 CPU tensor of {n} rows, got {hyper.dtype} {tuple(hyper.shape)} on {hyper.device}"
+            f"hyper must be a float64 CPU tensor of {n} rows and {len(HYPER_COLUMNS)} columns, "
+            f"got {hyper.dtype} {tuple(hyper.shape)} on {hyper.device}"
         )
+    if not hyper.is_contiguous():
+        raise RuntimeError(f"hyper must be contiguous, got strides {hyper.stride()}")
+    if "keys" in extra:
+        for p in hyper[:, HYPER_COLUMNS.index("reserve_p")].tolist():
+            check_probability("hyper's reserve_p", p)
     for i, param in enumerate(params):
         check_parameter(f"params[{i}]", param)
+        if param.device != params[0].device:
+            raise RuntimeError(f"params[{i}] must have the list's device {params[0].device}, got {param.device}")
         check_gradient(f"params[{i}]", grads[i], param)
         check_state(f"state {i}", param, steps[i], exp_avgs[i], exp_avg_sqs[i])
-        if extra["lrs"]:
+        if extra.get("lrs"):
             _check_scalar(f"lrs[{i}]", extra["lrs"][i], param.device)
         for name, value in (("params", param), ("grads", grads[i])):
             if not value.is_contiguous():
                 raise RuntimeError(f"{name}[{i}] must be contiguous, got strides {value.stride()}")
         if "mask_words" in extra:
             check_words(f"mask_words[{i}]", extra["mask_words"][i], param)
+    for name in ("grad_scale", "found_inf", "grad_norm"):
+        if params and extra.get(name) is not None:
+            _check_scalar(name, extra[name], params[0].device)
 
 
 def check_state(label: str, param: Tensor, step: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
@@ -100,28 +115,39 @@ def check_accumulate(accumulators: Sequence[Tensor], grads: Sequence[Tensor]) ->
                 f"grads[{i}] must be a contiguous float32, bfloat16 or float16 tensor, got {grad.dtype}, {grad.layout}"
             )
         _check_like(f"accumulators[{i}]", accumulator, grad, (torch.float32,))
+        if grad.device != grads[0].device:
+            raise RuntimeError(f"grads[{i}] must have the list's device {grads[0].device}, got {grad.device}")
 
 
-def check_stream(numel: int, step: int, p: float, offset: int) -> None:
+def check_stream(numel: int, step: int, p: float, domain: int, offset: int) -> None:
     """Check `bernoulli_bits`' arguments."""
     if numel < 0 or offset < 0 or offset % 4:
         raise ValueError(f"numel and offset must be at least 0 and offset a multiple of 4, got {numel} and {offset}")
     if not 1 <= step < 2**32:
         raise ValueError(f"step must be in [1, 2**32), got {step}")
+    if not 0 <= domain < 2**32:
+        raise ValueError(f"domain must be in [0, 2**32), got {domain}")
+    check_probability("p", p)
+
+
+def check_probability(label: str, p: float) -> None:
+    """Refuse a probability that F's 32-bit threshold cannot express."""
     if not 2**-32 <= p <= 1:
-        raise ValueError(f"p must be in [2**-32, 1], got {p}")
+        raise ValueError(f"{label} must be in [2**-32, 1], got {p}")
 
 
 def check_scores(scores: Tensor) -> None:
     """Check `threshold_bits`' scores."""
     if scores.dtype not in WEIGHT_DTYPES or not scores.is_contiguous():
-        raise RuntimeError(f"scores must be contiguous float32, bfloat16 or float16, got {scores.dtype}")
+        raise RuntimeError(
+            f"scores must be contiguous float32, bfloat16 or float16, got {scores.dtype} of strides {scores.stride()}"
+        )
 
 
 def check_packed(words: Tensor) -> None:
     """Check `popcount_bits`' words."""
     if words.dtype != torch.int32 or not words.is_contiguous():
-        raise RuntimeError(f"words must be contiguous int32, got {words.dtype}")
+        raise RuntimeError(f"words must be contiguous int32, got {words.dtype} of strides {words.stride()}")
 
 
 def _check_like(label: str, value: Tensor, param: Tensor, dtypes: Sequence[torch.dtype]) -> None:

@@ -232,8 +232,8 @@ def bernoulli_bits(numel, key, step, p, domain, offset, device) -> Tensor:
 
 
 def threshold_bits(scores, threshold) -> Tensor:
-    """Pack ``scores >= threshold``; NaN is below every threshold."""
-    return pack_bits(scores >= threshold)
+    """Pack ``scores >= threshold``, compared in fp32; NaN is below every threshold."""
+    return pack_bits(scores.float() >= threshold)  # 16-bit scores would round the threshold to 16 bit
 
 
 def popcount_bits(words) -> Tensor:

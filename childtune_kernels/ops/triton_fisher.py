@@ -5,14 +5,12 @@ from __future__ import annotations
 import numpy as np
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from .fixed import Fixed
 from .triton_launch import (
-    BLOCK,
     INTERPRET,
     OPTIONS,
     TRITON_DTYPES,
-    addresses,
     is_aligned,
     layout,
     locate,
@@ -23,6 +21,7 @@ from .triton_launch import (
 )
 
 _ACCUMULATOR, _GRAD, _NUMEL = map(tl.constexpr, range(3))  # fields of the table
+_BLOCK = 1024  # elements a program
 
 
 @triton.jit
@@ -86,9 +85,9 @@ def square_accumulate_(accumulators, grads, scale) -> None:
     if not accumulators:
         return
     device, n = accumulators[0].device, len(accumulators)
-    numels = tuple(map(Tensor.numel, accumulators))
-    plan = layout(device, numels, tuple((g.dtype,) for g in grads))
-    host = np.stack((addresses(accumulators), addresses(grads), np.array(numels)))
+    accumulators, grads = Fixed.of(accumulators), Fixed.of(grads)
+    plan = layout(device, _BLOCK, accumulators.numels, tuple((dtype,) for dtype in grads.dtypes))
+    host = np.stack((accumulators.addresses, grads.addresses, plan.numels))
     if plan.order is not None:
         host = host[:, plan.order]
     with on_device(device):
@@ -104,6 +103,6 @@ def square_accumulate_(accumulators, grads, scale) -> None:
                 scale,
                 GRAD_DTYPE=TRITON_DTYPES[launch.dtypes[0]],
                 INTERPRET=INTERPRET,
-                BLOCK=BLOCK,
+                BLOCK=_BLOCK,
                 **OPTIONS,
             )

@@ -16,13 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024  # elements a program; with 4 warps, 8 elements a thread
-NUM_WARPS = 4
 _COARSE_ENTRIES = 4096
 INTERPRET = triton.knobs.runtime.interpret
 
 # Arithmetic as written: no fused multiply-add, so that every implementation rounds alike.
-OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+OPTIONS = {"enable_fp_fusion": False}
 
 
 class Launch(NamedTuple):
@@ -40,11 +38,14 @@ class Layout(NamedTuple):
     """A list of tensors, sorted by dtypes: ``order`` is None where it already was."""
 
     order: list[int] | None
+    numels: np.ndarray
     launches: tuple[Launch, ...]
 
 
 @functools.lru_cache(maxsize=32)
-def layout(device: torch.device, numels: tuple[int, ...], dtypes: tuple[tuple[torch.dtype, ...], ...]) -> Layout:
+def layout(
+    device: torch.device, block: int, numels: tuple[int, ...], dtypes: tuple[tuple[torch.dtype, ...], ...]
+) -> Layout:
     """Lay the blocks of a list of tensors out, one launch a combination of dtypes. Cached: shapes seldom change."""
     kinds = list(dict.fromkeys(dtypes))
     ranks = [kinds.index(d) for d in dtypes]
@@ -52,7 +53,7 @@ def layout(device: torch.device, numels: tuple[int, ...], dtypes: tuple[tuple[to
     launches, first_row = [], 0
     for kind, dtype in enumerate(kinds):
         rows = [i for i in order if ranks[i] == kind]
-        blocks = [(numels[i] + BLOCK - 1) // BLOCK for i in rows]
+        blocks = [(numels[i] + block - 1) // block for i in rows]
         if n_blocks := sum(blocks):
             first_block = np.concatenate(([0], np.cumsum(blocks)))
             shift = max(0, (n_blocks - 1).bit_length() - _COARSE_ENTRIES.bit_length() + 1)
@@ -60,7 +61,7 @@ def layout(device: torch.device, numels: tuple[int, ...], dtypes: tuple[tuple[to
             index = [torch.from_numpy(a.astype(np.int32)).to(device) for a in (first_block, coarse)]
             launches.append(Launch(dtype, first_row, n_blocks, *index, shift))
         first_row += len(rows)
-    return Layout(None if order == list(range(len(numels))) else order, tuple(launches))
+    return Layout(None if order == list(range(len(numels))) else order, np.array(numels, np.int64), tuple(launches))
 
 
 _captured: list[Tensor] = []  # staging that CUDA graphs copy from at every replay: must outlive them
@@ -82,11 +83,6 @@ def upload(table: np.ndarray, device: torch.device) -> Tensor:
     return result
 
 
-def addresses(tensors: list[Tensor]) -> np.ndarray:
-    """Return the tensors' addresses, read anew at every step: gradients move."""
-    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
-
-
 def on_device(device: torch.device):
     """Make ``device`` current: Triton launches there, whatever device the tensors are on."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -100,9 +96,13 @@ def locate(first_block, coarse, coarse_shift):
     """Return this program's tensor and its block within the tensor, int64."""
     pid = tl.program_id(0)
     tensor = tl.load(coarse + (pid >> coarse_shift))
-    while tl.load(first_block + tensor + 1) <= pid:
+    first = tl.load(first_block + tensor)
+    following = tl.load(first_block + tensor + 1)  # beside the load above, not after it: latency is what counts here
+    while following <= pid:
         tensor += 1
-    return tensor, (pid - tl.load(first_block + tensor)).to(tl.int64)
+        first = following
+        following = tl.load(first_block + tensor + 1)
+    return tensor, (pid - first).to(tl.int64)
 
 
 @triton.jit

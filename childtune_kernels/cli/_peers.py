@@ -1,0 +1,105 @@
+"""What `childtune bench` compares with: torch's AdamW and the released Child-Tuning algorithm in eager torch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributions import Bernoulli
+
+from .. import ChildAdamW, ChildMask
+
+
+class EagerChildAdamW(torch.optim.Optimizer):
+    """The released algorithm, reproduced from its description: eager kernels, every mask materialised.
+
+    eps is added to sqrt(v) before bias correction, weights decay last, gradients are masked in place.
+    """
+
+    def __init__(self, params, lr=2e-5, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, *, reserve_p=1.0, masks=None):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, reserve_p=reserve_p))
+        self.masks = masks or {}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, p.grad, group)
+
+    def _update(self, p: Tensor, grad: Tensor, group: dict) -> None:
+        state = self.state[p]
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        if p in self.masks:
+            grad *= self.masks[p]
+        elif group["reserve_p"] < 1:
+            grad *= Bernoulli(grad.new_full(grad.size(), group["reserve_p"])).sample() / group["reserve_p"]
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        state["exp_avg"].mul_(beta1).add_(grad, alpha=1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denominator = state["exp_avg_sq"].sqrt().add_(group["eps"])
+        correction = math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
+        p.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] * correction)
+        p.add_(p, alpha=-group["lr"] * group["weight_decay"])
+
+
+class BernoulliThenFused(torch.optim.AdamW):
+    """What F costs with torch's own parts: draw a mask, multiply, fused AdamW."""
+
+    def __init__(self, params, lr=2e-5, weight_decay=0.01, *, reserve_p):
+        super().__init__(params, lr=lr, weight_decay=weight_decay, fused=True)
+        self.reserve_p = reserve_p
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad.mul_(torch.bernoulli(torch.full_like(p.grad, self.reserve_p))).div_(self.reserve_p)
+        return super().step(closure)
+
+
+def random_masks(params: list[Tensor], p: float) -> ChildMask:
+    """A random child network of density p, named by position."""
+    return ChildMask.from_dense({str(i): torch.rand(t.shape, device=t.device) < p for i, t in enumerate(params)})
+
+
+def compiled_adamw(params: list[Tensor]):
+    """torch.optim.AdamW with its step compiled, as torch's own tutorial does; a tensor lr avoids recompilation."""
+    optimizer = torch.optim.AdamW(params, lr=torch.tensor(2e-5), weight_decay=0.01, capturable=params[0].is_cuda)
+    optimizer.step = torch.compile(optimizer.step, fullgraph=False)
+    return optimizer
+
+
+def contenders(impls: list[str], one_group_each: bool = False) -> dict:
+    """Return name -> (rule, factory); a factory takes the parameters and returns an optimizer."""
+
+    def groups(params):
+        return [{"params": [p]} for p in params] if one_group_each else params
+
+    def ours(impl, **options):
+        return lambda ps: ChildAdamW(groups(ps), lr=2e-5, weight_decay=0.01, impl=impl, **options)
+
+    rows = {
+        "torch AdamW fused": ("none", lambda ps: torch.optim.AdamW(groups(ps), lr=2e-5, weight_decay=0.01, fused=True)),
+        "torch AdamW foreach": (
+            "none",
+            lambda ps: torch.optim.AdamW(groups(ps), lr=2e-5, weight_decay=0.01, foreach=True),
+        ),
+        "torch AdamW compiled": ("none", compiled_adamw),
+        "bernoulli + torch fused, F p=0.3": ("F", lambda ps: BernoulliThenFused(ps, reserve_p=0.3)),
+        "released algorithm eager, F p=0.3": ("F", lambda ps: EagerChildAdamW(ps, reserve_p=0.3)),
+        "released algorithm eager, D p=0.1": (
+            "D",
+            lambda ps: EagerChildAdamW(ps, masks={p: (torch.rand_like(p) < 0.1).to(p.dtype) for p in ps}),
+        ),
+    }
+    if not torch.cuda.is_available():
+        del rows["torch AdamW compiled"]  # minutes of C++ compilation for each list of shapes
+    for impl in impls:
+        rows[f"ours ({impl}), no mask"] = ("none", ours(impl))
+        rows[f"ours ({impl}), F p=0.3"] = ("F", ours(impl, reserve_p=0.3))
+        rows[f"ours ({impl}), D p=0.1"] = ("D", lambda ps, make=impl: ours(make, mask=random_masks(ps, 0.1))(ps))
+    return rows

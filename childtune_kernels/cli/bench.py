@@ -1,0 +1,159 @@
+"""`childtune bench`: the optimizer step against torch and against the released algorithm, in one run.
+
+A row of ours is measured only if the implementation is bitwise equal to the reference on the same device and dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from .. import ChildAdamW, ops
+from . import _timing
+from ._peers import contenders, random_masks
+from ._shapes import SHAPES
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--model", choices=SHAPES, help="whose parameter shapes (default: bert-large, on a CPU bert-small)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and gradients")
+    parser.add_argument(
+        "--impl", nargs="*", choices=ops.IMPLEMENTATIONS, help="ours to measure (default: the fast ones)"
+    )
+    parser.add_argument("--only", nargs="*", metavar="TEXT", help="rows whose name contains one of these")
+    parser.add_argument(
+        "--skip", nargs="*", default=[], metavar="TEXT", help="leave out rows whose name contains one of these"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="how often the whole list is measured")
+    parser.add_argument("--repeats", type=int, default=20, help="steps timed a round")
+    parser.add_argument("--group-each", action="store_true", help="put every tensor in a parameter group of its own")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the table, write the file; return 1 if a parity gate fails."""
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    model = args.model or ("bert-large" if device.type == "cuda" else "bert-small")
+    dtype = DTYPES[args.dtype]
+    impls = args.impl or [i for i in ("triton", "csrc") if ops.unavailable(i, device.type) is None] or ["reference"]
+    failed = [impl for impl in impls if not _is_bitwise_reference(impl, device, dtype)]
+    for impl in failed:
+        print(f"refused: {impl} differs from the reference on {device.type} in {args.dtype}")
+    rows = {
+        name: entry
+        for name, entry in contenders([i for i in impls if i not in failed], args.group_each).items()
+        if (not args.only or any(text in name for text in args.only)) and not any(text in name for text in args.skip)
+    }
+    shapes = SHAPES[model]()
+    results: dict[str, list[dict]] = {name: [] for name in rows}
+    bandwidths = []
+    for _ in range(args.rounds):
+        bandwidths.append(_timing.copy_bandwidth(device))
+        for name, (rule, factory) in rows.items():
+            results[name].append(_measure(rule, factory, shapes, device, dtype, args.repeats))
+    report = {
+        "date": date.today().isoformat(),
+        "commit": _commit(),
+        "machine": _timing.machine(device),
+        "model": model,
+        "tensors": len(shapes),
+        "parameters": sum(map(math.prod, shapes)),
+        "dtype": args.dtype,
+        "groups": "one a tensor" if args.group_each else "one",
+        "repeats": args.repeats,
+        "parity": "every row of ours: bitwise equal to the reference on this device and dtype",
+        "copy_bandwidth": bandwidths,
+        "rows": results,
+    }
+    print(table(report))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+def _measure(rule: str, factory, shapes, device: torch.device, dtype: torch.dtype, repeats: int) -> dict:
+    """Build the parameters and one optimizer, time its step, and free them."""
+    params = [torch.nn.Parameter(torch.randn(shape, device=device, dtype=dtype)) for shape in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer = factory(params)
+    result = _timing.time_steps(optimizer.step, device, repeats)
+    result["launches"] = _timing.count_launches(optimizer.step, device)
+    result["extra_bytes"] = _timing.extra_memory(optimizer.step, device)
+    if isinstance(optimizer, ChildAdamW):
+        result["recompilations"] = _timing.count_recompilations(optimizer.step, device)
+    if rule != "D":  # what the step must move: weights and moments read and written, gradients read
+        moments = optimizer.state[params[0]]["exp_avg"].element_size()
+        result["bytes"] = sum(p.numel() for p in params) * (3 * params[0].element_size() + 4 * moments)
+    del optimizer, params
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return result
+
+
+def _is_bitwise_reference(impl: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """The gate: three steps of every rule over awkward sizes, compared bit for bit."""
+    sizes = [(0,), (1,), (33,), (1023,), (1024,), (1025,), (257, 129)]
+    for rule in ("none", "F", "D"):
+        both = []
+        for name in (impl, "reference"):
+            generator = torch.Generator().manual_seed(0)
+            params = [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in sizes]
+            torch.manual_seed(0)
+            options = {"none": {}, "F": {"reserve_p": 0.3}, "D": {"mask": random_masks(params, 0.1)}}[rule]
+            optimizer = ChildAdamW(params, lr=1e-3, impl=name, **options)
+            for _ in range(3):
+                for p in params:
+                    p.grad = torch.randn(p.shape, generator=generator).to(device, dtype)
+                optimizer.step()
+            both.append([*params, *(t for p in params for t in optimizer.state[p].values())])
+        if not all(torch.equal(a, b) for a, b in zip(*both, strict=True)):
+            return False
+    return True
+
+
+def table(report: dict) -> str:
+    """Return the report as a text table: medians over rounds, and the spread of the rounds' medians."""
+    bandwidth = statistics.median(report["copy_bandwidth"])
+    where = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
+    lines = [
+        f"{report['model']}: {report['tensors']} tensors, {report['parameters'] / 1e6:.1f} M parameters, {report['dtype']}",
+        f"{where}; copy bandwidth {bandwidth / 1e9:.0f} GB/s; {len(report['copy_bandwidth'])} rounds",
+        f"{'':36} {'step ms':>9} {'spread':>15} {'host ms':>8} {'device ms':>9} {'of copy':>7} {'launches':>8}",
+    ]
+    for name, rounds in report["rows"].items():
+        step = [r["step"] for r in rounds]
+        middle = {
+            key: statistics.median(r[key] for r in rounds) for key in ("host", "device", "bytes") if key in rounds[0]
+        }
+        busy = middle.get("device", statistics.median(step))
+        share = f"{middle['bytes'] / (busy / 1e3) / bandwidth:7.3f}" if "bytes" in middle else f"{'':7}"
+        lines.append(
+            f"{name:36} {statistics.median(step):9.3f} {min(step):7.3f}-{max(step):7.3f} {middle.get('host', math.nan):8.3f} "
+            f"{middle.get('device', math.nan):9.3f} {share} {rounds[0]['launches'] or '':>8}"
+        )
+    return "\n".join(lines)
+
+
+def _commit() -> str:
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+        )
+    except OSError:
+        return "unknown"
+    return described.stdout.strip() or "unknown"
