@@ -126,11 +126,10 @@ class ChildAdamW(torch.optim.Optimizer):
             ValueError: ``step`` is not a positive integer.
         """
         require("step", step, isinstance(step, int) and step >= 1, "an integer of at least 1")
-        for param, own_name, group in self.named():
-            if own_name == name:
-                break
-        else:
+        found = [(param, group) for param, own_name, group in self.named() if own_name == name]
+        if not found:
             raise KeyError(f"name must be one of the optimizer's parameter names, got {name!r}")
+        param, group = found[0]
         if self.mask is not None and name in self.mask:
             return self.mask.to_dense(name).to(param.device)
         if group["reserve_p"] == 1:

@@ -10,7 +10,7 @@ from importlib import import_module
 from .. import __version__
 
 COMMANDS = {
-    "demo": "compare vanilla AdamW with Child-Tuning on real images, in under three minutes on a CPU",
+    "demo": "compare vanilla AdamW with Child-Tuning on real images with few labels, in minutes on a CPU",
     "doctor": "say which implementations work here, and check them against the reference",
     "bench": "measure the optimizer step",
 }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 
 from .. import ChildAdamW, ChildMask, ops
+from ._timing import synchronize
 
 METHODS = {"vanilla": "vanilla AdamW", "F": "Child-Tuning_F", "D": "Child-Tuning_D"}
 CLASSES = 5
@@ -32,7 +33,7 @@ class Protocol:
     """
 
     pretrain_steps: int = 300
-    steps: int = 300
+    steps: int = 240
     batch_size: int = 16
     train_images: int = 100
     validation_images: int = 200
@@ -40,7 +41,7 @@ class Protocol:
     learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     tuning_seeds: int = 2
     share: float = 0.3
-    evaluations: int = 10
+    evaluations: int = 8
 
     def total_steps(self, methods: int, seeds: int) -> int:
         """Return how many training steps the whole experiment takes."""
@@ -165,19 +166,14 @@ def train(
         batch = images[rows.to(images.labels.device)]
         optimizer.zero_grad()
         cross_entropy(model(batch.pixels), batch.labels).backward()
-        start = now(batch.pixels.device)
+        synchronize(batch.pixels.device)
+        start = time.perf_counter()
         optimizer.step()
-        times.append(1e3 * (now(batch.pixels.device) - start))
+        synchronize(batch.pixels.device)
+        times.append(1e3 * (time.perf_counter() - start))
         schedule.step()
         after_step(step)
     return statistics.median(times)
-
-
-def now(device: torch.device) -> float:
-    """Return the time in seconds after the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def with_fresh_head(pretrained: nn.Module, seed: int) -> nn.Module:

@@ -25,4 +25,9 @@ def bert_small() -> list[tuple[int, ...]]:
     return bert_large()[5 : 5 + 16 * 6] + [(2, 1024)]
 
 
-SHAPES = {"bert-large": bert_large, "llama-7b": llama_7b, "bert-small": bert_small}
+def bert_layer() -> list[tuple[int, ...]]:
+    """One layer of BERT-large: 16 tensors, 13 M parameters."""
+    return bert_large()[5 : 5 + 16]
+
+
+SHAPES = {"bert-large": bert_large, "llama-7b": llama_7b, "bert-small": bert_small, "bert-layer": bert_layer}

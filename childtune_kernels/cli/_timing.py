@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -14,6 +15,12 @@ def synchronize(device: torch.device) -> None:
     """Wait until everything queued on the device has run."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def step_and_wait(step, device: torch.device) -> None:
+    """Take one step and wait until the device has done it."""
+    step()
+    synchronize(device)
 
 
 def time_steps(step, device: torch.device, repeats: int, warmup: int = 3) -> dict[str, float]:
@@ -30,8 +37,7 @@ def time_steps(step, device: torch.device, repeats: int, warmup: int = 3) -> dic
     for _ in range(repeats):
         synchronize(device)
         start = time.perf_counter()
-        step()
-        synchronize(device)
+        step_and_wait(step, device)
         wall.append(time.perf_counter() - start)
     times = {"step_min": min(wall) * 1e3, "step": statistics.median(wall) * 1e3, "step_max": max(wall) * 1e3}
     if device.type == "cuda":
@@ -45,6 +51,8 @@ def _queued(step, count: int = 10) -> tuple[float, float]:
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     host = []
     torch.cuda.synchronize()
+    for _ in range(3):  # a head start for the host: the clock then measures the device
+        step()
     begin.record()
     for _ in range(count):
         start = time.perf_counter()
@@ -119,13 +127,19 @@ def machine(device: torch.device) -> dict[str, str]:
         described["triton"] = "absent"
     if device.type == "cuda":
         described["device"] = torch.cuda.get_device_name(device)
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        described["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+        described["driver"] = _driver()
         described["cuda"] = torch.version.cuda
     else:
         described["device"] = _cpu_name()
         described["capability"] = torch.backends.cpu.get_cpu_capability()
     return described
+
+
+def _driver() -> str:
+    if shutil.which("nvidia-smi") is None:
+        return "unknown (no nvidia-smi)"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
 
 
 def _cpu_name() -> str:

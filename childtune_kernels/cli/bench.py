@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     model = args.model or ("bert-large" if device.type == "cuda" else "bert-small")
     dtype = DTYPES[args.dtype]
     impls = args.impl or [i for i in ("triton", "csrc") if ops.unavailable(i, device.type) is None] or ["reference"]
-    failed = [impl for impl in impls if not _is_bitwise_reference(impl, device, dtype)]
+    failed = [impl for impl in impls if not is_bitwise_reference(impl, device, dtype)]
     for impl in failed:
         print(f"refused: {impl} differs from the reference on {device.type} in {args.dtype}")
     rows = {
@@ -105,7 +105,7 @@ def _measure(rule: str, factory, shapes, device: torch.device, dtype: torch.dtyp
     return result
 
 
-def _is_bitwise_reference(impl: str, device: torch.device, dtype: torch.dtype) -> bool:
+def is_bitwise_reference(impl: str, device: torch.device, dtype: torch.dtype) -> bool:
     """The gate: three steps of every rule over awkward sizes, compared bit for bit."""
     sizes = [(0,), (1,), (33,), (1023,), (1024,), (1025,), (257, 129)]
     for rule in ("none", "F", "D"):

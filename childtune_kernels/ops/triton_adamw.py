@@ -56,12 +56,12 @@ def _begin_kernel(table, scalars, n, grad_scale, found_inf, grad_norm, HAS_LRS: 
         lr_ptr = tl.load(table + _LR * n + i, mask=own, other=0).to(tl.pointer_type(tl.float32))
         lr = tl.load(lr_ptr, mask=own, other=0.0).to(tl.float64)
 
-    apply = True
+    apply = own
     if found_inf is not None:
-        apply = tl.load(found_inf) == 0.0
+        apply = own & (tl.load(found_inf) == 0.0)
     step_ptr = tl.load(table + _STEP * n + i, mask=own, other=0).to(tl.pointer_type(tl.float32))
     step = tl.load(step_ptr, mask=own, other=0.0) + 1.0
-    tl.store(step_ptr, step, mask=own & apply)
+    tl.store(step_ptr, step, mask=apply)
     t = step.to(tl.int64)
 
     one = tl.full([BLOCK], 1.0, tl.float64)
@@ -99,7 +99,7 @@ def _begin_kernel(table, scalars, n, grad_scale, found_inf, grad_norm, HAS_LRS: 
     _put(row, 10, tl.where(hf, shrink, 0.0 * one), own)
     tl.store(row + 11, t.to(tl.int32), mask=own)
     tl.store(row + 12, last_kept.to(tl.int32), mask=own)
-    tl.store(row + 13, tl.where(own & apply, 1, 0), mask=own)
+    tl.store(row + 13, tl.where(apply, 1, 0), mask=own)
 
 
 @triton.jit
@@ -281,6 +281,8 @@ def _update_kernel(
     STATE_DTYPE: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+    SCALAR_PART: tl.constexpr,
 ):
     """Update all tensors of one combination of dtypes, a block a program.
 
@@ -306,29 +308,39 @@ def _update_kernel(
         & is_aligned(addresses[3], STATE_DTYPE)
     )
     if apply != 0:
-        if aligned & (start + BLOCK <= numel):
-            # gradients that are views of a bucket may lie anywhere, and must not make the rest scalar
-            if is_aligned(addresses[1], PARAM_DTYPE):
-                _update_block(
-                    addresses, extra, row, start, numel, RULE,
-                    PARAM_DTYPE, STATE_DTYPE, True, True, True, INTERPRET, BLOCK,
-                )  # fmt: skip
-            else:
-                _update_block(
-                    addresses, extra, row, start, numel, RULE,
-                    PARAM_DTYPE, STATE_DTYPE, True, False, True, INTERPRET, BLOCK,
-                )  # fmt: skip
-        else:  # a quarter at a time: scalar accesses need 118 registers a thread for a whole block, vectors 62
-            for part in range(0, BLOCK, BLOCK // 4):
-                _update_block(
-                    addresses, extra, row, start + part, numel, RULE,
-                    PARAM_DTYPE, STATE_DTYPE, False, False, False, INTERPRET, BLOCK // 4,
-                )  # fmt: skip
+        # several parts a program: the loads above are waited for once
+        for part in range(0, BLOCK, PART):
+            first = start + part
+            if aligned & (first + PART <= numel):
+                # gradients that are views of a bucket may lie anywhere, and must not make the rest scalar
+                if is_aligned(addresses[1], PARAM_DTYPE):
+                    _update_block(
+                        addresses, extra, row, first, numel, RULE,
+                        PARAM_DTYPE, STATE_DTYPE, True, True, True, INTERPRET, PART,
+                    )  # fmt: skip
+                else:
+                    _update_block(
+                        addresses, extra, row, first, numel, RULE,
+                        PARAM_DTYPE, STATE_DTYPE, True, False, True, INTERPRET, PART,
+                    )  # fmt: skip
+            else:  # one element a thread at a time: scalar accesses to a whole part would double the registers
+                for element in range(0, PART, SCALAR_PART):
+                    if first + element < numel:
+                        _update_block(
+                            addresses, extra, row, first + element, numel, RULE,
+                            PARAM_DTYPE, STATE_DTYPE, False, False, False, INTERPRET, SCALAR_PART,
+                        )  # fmt: skip
 
 
-# Elements and warps of a program, by rule. H200, BERT-large, fp32: F takes 2.247 ms with 512 / 2, 2.260 with 1024 / 4,
-# 2.320 with 2048 / 8; D at p = 0.1 takes 2.124 ms with 256 / 2, 2.150 with 512 / 4, 2.44 with 1024 / 4.
-_SIZES = {_PLAIN.value: (512, 2), _BERNOULLI.value: (512, 2), _CHILD.value: (256, 2), _CHILD_DECAY_ALL.value: (256, 2)}
+# Elements of a program, elements at a time and warps, by rule. H200, BERT-large, fp32 weights and moments:
+# F takes 2.227 ms so, 2.253 with 512 elements a program, 2.267 with 1024 at a time and 4 warps; a random D of p = 0.1
+# takes 2.133 ms so, 2.34 with 1024 elements a program (78 registers instead of 54), 2.15 with 512 / 512 / 4.
+_SIZES = {
+    _PLAIN.value: (1024, 512, 2),
+    _BERNOULLI.value: (1024, 512, 2),
+    _CHILD.value: (256, 256, 2),
+    _CHILD_DECAY_ALL.value: (256, 256, 2),
+}
 
 
 def _run(rule, lists, extra, lrs, grad_scale, found_inf, grad_norm) -> None:
@@ -338,7 +350,7 @@ def _run(rule, lists, extra, lrs, grad_scale, found_inf, grad_norm) -> None:
     hyper = lists[-1]
     params, grads, exp_avgs, exp_avg_sqs, steps = tensors = [Fixed.of(values) for values in lists[:-1]]
     device, n = params[0].device, len(params)
-    block, num_warps = _SIZES[rule]
+    block, part, num_warps = _SIZES[rule]
     kinds = zip(params.dtypes, exp_avgs.dtypes, strict=True)
     plan = params.derive(f"layout of {block}", exp_avgs, lambda: layout(device, block, params.numels, tuple(kinds)))
     fields = [values.addresses for values in tensors]
@@ -367,6 +379,8 @@ def _run(rule, lists, extra, lrs, grad_scale, found_inf, grad_norm) -> None:
                 STATE_DTYPE=TRITON_DTYPES[state_dtype],
                 INTERPRET=INTERPRET,
                 BLOCK=block,
+                PART=part,
+                SCALAR_PART=part if INTERPRET else 32 * num_warps,  # interpreting costs 15 ms a piece
                 num_warps=num_warps,
                 **OPTIONS,
             )

@@ -43,13 +43,12 @@ def _threshold_bits_kernel(scores, words, numel, threshold, INTERPRET: tl.conste
 
 @triton.jit(do_not_specialize=["n_words"])
 def _popcount_kernel(words, count, n_words, BLOCK: tl.constexpr):
-    """grid: (ceil(n_words / BLOCK),); LLVM turns the shifts and masks into one popc instruction."""
+    """grid: (ceil(n_words / BLOCK),); LLVM turns this into one popc instruction."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(words + offsets, mask=offsets < n_words, other=0).to(tl.uint32, bitcast=True)
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    x = (x + (x >> 8) + (x >> 16) + (x >> 24)) & 0x3F
+    x = (((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
     tl.atomic_add(count, tl.sum(x.to(tl.int64), axis=0))
 
 

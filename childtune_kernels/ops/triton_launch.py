@@ -74,7 +74,7 @@ def upload(table: np.ndarray, device: torch.device) -> Tensor:
     it has run; under capture the block is kept for good, since every replay copies from it.
     """
     if device.type == "cpu":  # the interpreter
-        return torch.from_numpy(table)
+        return torch.from_numpy(np.ascontiguousarray(table))
     host = torch.empty(table.shape, dtype=torch.int64, pin_memory=True)
     host.numpy()[:] = table
     result = host.to(device, non_blocking=True)

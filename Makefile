@@ -1,0 +1,44 @@
+# make demo, make test, ... work from a fresh clone with nothing but Python >= 3.10: they keep a virtual environment in
+# .venv and install again only when something that the installation depends on has changed.
+# ARGS is passed on:  make demo ARGS="--seeds 10 --plot curves.png"      make test ARGS="-k optim"
+
+PYTHON ?= python3
+GPU_PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt
+BUILT_FROM := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+
+.PHONY: demo test bench gpu lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/childtune demo $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.demo
+	$(BIN)/childtune bench $(ARGS)
+
+# On a CUDA machine: tests and benchmarks with the torch that GPU_PYTHON has.
+gpu:
+	PYTHON=$(GPU_PYTHON) bash benchmarks/gpu.sh $(ARGS)
+
+lint: $(VENV)/.torch
+	$(PIP_INSTALL) --quiet ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info childtune_kernels/_C_*.so .pytest_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch numpy setuptools wheel ninja
+	touch $@
+
+# torch comes first: csrc is built against it. Without a compiler the package is installed all the same, in pure Python.
+$(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.torch $(BUILT_FROM)
+	$(PIP_INSTALL) --no-build-isolation -e '.[$*]'
+	touch $@

@@ -1,0 +1,69 @@
+"""`childtune doctor`: what is installed, which implementation serves which device, and whether the bits agree."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+
+import torch
+
+from .. import ChildAdamW, ChildMask, __version__, ops
+from ._timing import machine
+
+DEVICE_TYPES = ("cpu", "cuda")
+SHAPES = {"matrix": (33, 65), "vector": (1025,), "scalar": ()}  # odd, a block and one more, and one element
+STEPS = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`childtune doctor` takes no arguments."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; return 1 if any implementation that says it is available fails its check."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report = {"childtune_kernels": __version__, "platform": platform.platform(), **machine(device)}
+    print("\n".join(f"{name:<18} {value}" for name, value in report.items()), end="\n\n")
+    healthy = True
+    for device_type in DEVICE_TYPES:
+        absent = device_type == "cuda" and not torch.cuda.is_available()
+        chosen = None if absent else ops.implementation("auto", device_type).name
+        for impl in ops.IMPLEMENTATIONS:
+            reason = "torch sees no CUDA device" if absent else ops.unavailable(impl, device_type)
+            failure = None if reason else self_check(impl, device_type)
+            healthy &= failure is None
+            verdict = f"no: {reason}" if reason else f"FAILED: {failure}" if failure else "yes"
+            print(f"{device_type:<5} {impl:<12} {verdict}{'  <- auto' if impl == chosen else ''}")
+    print(f"\n{STEPS} steps of F and of D, bit for bit against the reference: {'OK' if healthy else 'FAILED'}")
+    return 0 if healthy else 1
+
+
+def self_check(impl: str, device_type: str) -> str | None:
+    """Return how an implementation differs from the reference after a few steps of F and of D, None if it does not."""
+    for method in ("F", "D"):
+        try:
+            expected, got = (_trained(method, name, device_type) for name in ("reference", impl))
+        except Exception as error:  # a doctor reports whatever a broken installation raises
+            return f"{method}: {type(error).__name__}: {error}"
+        different = [name for name in expected if not torch.equal(expected[name], got[name])]
+        if different:
+            return f"{method}: {', '.join(different)} differ from the reference"
+    return None
+
+
+def _trained(method: str, impl: str, device_type: str) -> dict[str, torch.Tensor]:
+    """Return weights and moments after a few steps on fixed gradients, by name."""
+    generator = torch.Generator().manual_seed(0)
+    params = {
+        name: torch.nn.Parameter(torch.randn(shape, generator=generator).to(device_type))
+        for name, shape in SHAPES.items()
+    }
+    bits = {"matrix": torch.rand(SHAPES["matrix"], generator=generator) < 0.3}  # the other two are trained fully
+    child = dict(reserve_p=0.3, seed=1) if method == "F" else dict(mask=ChildMask.from_dense(bits))
+    optimizer = ChildAdamW(params.items(), lr=0.01, impl=impl, **child)
+    for _ in range(STEPS):
+        for param in params.values():
+            param.grad = torch.randn(param.shape, generator=generator).to(device_type)
+        optimizer.step()
+    state = {f"{key} of {name}": optimizer.state[p][key] for name, p in params.items() for key in optimizer.state[p]}
+    return {**{name: param.detach() for name, param in params.items()}, **state}

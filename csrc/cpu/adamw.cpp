@@ -1,0 +1,89 @@
+// The three updates: check, derive the scalars, advance the step counters, and run one parallel loop over the lists.
+#include "../adamw.h"
+
+#include "../checks.h"
+#include "lists.h"
+
+namespace childtune {
+namespace {
+
+const float* maybe_data(const MaybeTensor& tensor) {
+  return tensor ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr;
+}
+
+// Advances every step counter and returns what the new step needs; nothing, and no change, on overflow or empty lists.
+std::vector<Scalars> begin_step(const UpdateLists& u) {
+  const float* found_inf = maybe_data(u.found_inf);
+  std::vector<Scalars> scalars;
+  if (u.params.empty() || (found_inf && *found_inf != 0)) return scalars;
+  for (size_t i = 0; i < u.params.size(); ++i) {
+    auto* step = static_cast<float*>(u.steps[i].mutable_data_ptr());
+    const float* lr = u.lrs.empty() ? nullptr : static_cast<const float*>(u.lrs[i].const_data_ptr());
+    const uint32_t t = static_cast<uint32_t>(*step) + 1;
+    scalars.push_back(derive_scalars(t, u.hyper_row(i), lr, maybe_data(u.grad_scale), maybe_data(u.grad_norm)));
+    *step += 1;
+  }
+  return scalars;
+}
+
+Parameter arrays(const UpdateLists& u, size_t i, const Scalars& scalars) {
+  Parameter p{};
+  p.param = u.params[i].mutable_data_ptr();
+  p.grad = u.grads[i].const_data_ptr();
+  p.exp_avg = u.exp_avgs[i].mutable_data_ptr();
+  p.exp_avg_sq = u.exp_avg_sqs[i].mutable_data_ptr();
+  p.weight_dtype = u.params[i].scalar_type();
+  p.moment_dtype = u.exp_avgs[i].scalar_type();
+  p.scalars = &scalars;
+  return p;
+}
+
+// `complete(i, parameter)` adds what is particular to one op.
+template <typename Loop, typename Complete>
+void run(const UpdateLists& u, const std::vector<Scalars>& scalars, Loop loop, const Complete& complete) {
+  std::vector<Parameter> parameters;
+  std::vector<int64_t> numels;
+  for (size_t i = 0; i < scalars.size(); ++i) {
+    parameters.push_back(arrays(u, i, scalars[i]));
+    complete(i, parameters.back());
+    numels.push_back(u.params[i].numel());
+  }
+  parallel_elements(numels, [&](size_t i, int64_t first, int64_t last) { loop(parameters[i], first, last); });
+}
+
+}  // namespace
+
+void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+            const Tensors& steps, const Tensor& hyper, const Tensors& lrs, const MaybeTensor& grad_scale,
+            const MaybeTensor& found_inf, const MaybeTensor& grad_norm) {
+  const UpdateLists u{params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs, grad_scale, found_inf, grad_norm};
+  check_update(u);
+  run(u, begin_step(u), loops().adamw, [](size_t, Parameter&) {});
+}
+
+void adamw_bernoulli_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+                      const Tensors& steps, const Tensor& hyper, const std::vector<int64_t>& keys, const Tensors& lrs,
+                      const MaybeTensor& grad_scale, const MaybeTensor& found_inf, const MaybeTensor& grad_norm) {
+  const UpdateLists u{params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs, grad_scale, found_inf, grad_norm};
+  check_update(u);
+  check_keys(u, keys);
+  const std::vector<Scalars> scalars = begin_step(u);
+  std::vector<Stream> streams;
+  for (size_t i = 0; i < scalars.size(); ++i) streams.push_back(make_stream(keys[i], scalars[i].t, kGradientMask));
+  run(u, scalars, loops().adamw_bernoulli, [&](size_t i, Parameter& p) { p.stream = &streams[i]; });
+}
+
+void adamw_masked_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+                   const Tensors& steps, const Tensor& hyper, const Tensors& mask_words, bool decay_all,
+                   const Tensors& lrs, const MaybeTensor& grad_scale, const MaybeTensor& found_inf,
+                   const MaybeTensor& grad_norm) {
+  const UpdateLists u{params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs, grad_scale, found_inf, grad_norm};
+  check_update(u);
+  check_mask_words(u, mask_words);
+  run(u, begin_step(u), loops().adamw_masked, [&](size_t i, Parameter& p) {
+    if (mask_words[i].numel() != 0) p.mask_words = static_cast<const uint32_t*>(mask_words[i].const_data_ptr());
+    p.decay_all = decay_all;
+  });
+}
+
+}  // namespace childtune

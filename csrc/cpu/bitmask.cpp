@@ -1,0 +1,58 @@
+// Packed masks: drawn from the stream, cut from scores, counted.
+#include "../bitmask.h"
+
+#include <atomic>
+
+#include "../checks.h"
+#include "lists.h"
+
+namespace childtune {
+
+void bernoulli_bits(const Tensor& words, int64_t numel, int64_t key, int64_t step, double p, int64_t domain,
+                    int64_t offset) {
+  check_bernoulli(words, numel, step, p, domain, offset);
+  const Stream stream = make_stream(key, static_cast<uint32_t>(step), static_cast<uint32_t>(domain));
+  auto* out = static_cast<uint32_t*>(words.mutable_data_ptr());
+  parallel_elements({numel}, [&](size_t, int64_t first, int64_t last) {
+    const uint64_t first_quad = static_cast<uint64_t>(offset + first) / 4;
+    loops().bernoulli_words(out + first / kWordBits, last - first, first_quad, stream, last_kept_word(p));
+  });
+}
+
+Tensor threshold_bits(const Tensor& scores, double threshold) {
+  check_scores(scores);
+  const int64_t numel = scores.numel();
+  const float cut = static_cast<float>(threshold);  // 16-bit scores are compared in fp32 too
+  const Tensor words = torch::stable::new_empty(scores, {words_for(numel)}, ScalarType::Int);
+  auto* out = static_cast<uint32_t*>(words.mutable_data_ptr());
+  dispatch_weights(scores.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const auto* score = static_cast<const T*>(scores.const_data_ptr());
+    parallel_elements({numel}, [&](size_t, int64_t first, int64_t last) {
+      for (int64_t start = first; start < last; start += kWordBits) {
+        const int n = static_cast<int>(std::min<int64_t>(kWordBits, last - start));
+        uint32_t bits = 0;
+        for (int i = 0; i < n; ++i) bits |= static_cast<uint32_t>(static_cast<float>(score[start + i]) >= cut) << i;
+        out[start / kWordBits] = bits;
+      }
+    });
+  });
+  return words;
+}
+
+Tensor popcount_bits(const Tensor& words) {
+  check_words(words);
+  const auto* data = static_cast<const uint32_t*>(words.const_data_ptr());
+  std::atomic<int64_t> total{0};
+  parallel_elements({words.numel()}, [&](size_t, int64_t first, int64_t last) {
+    int64_t count = 0;
+#pragma omp simd reduction(+ : count)
+    for (int64_t i = first; i < last; ++i) count += count_bits(data[i]);
+    total += count;
+  });
+  const Tensor result = torch::stable::new_empty(words, {}, ScalarType::Long);
+  *static_cast<int64_t*>(result.mutable_data_ptr()) = total;
+  return result;
+}
+
+}  // namespace childtune

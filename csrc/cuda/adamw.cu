@@ -1,0 +1,208 @@
+// The three updates: one small kernel derives every parameter's scalars on the device and advances the step counters,
+// then one launch updates all tensors of a dtype pair. No host synchronisation, safe to capture.
+#include "../adamw.h"
+
+#include "../bitmask.h"
+#include "launch.cuh"
+
+namespace childtune {
+namespace {
+
+enum class Mask { kNone, kBernoulli, kChild };
+
+struct ScalarRecord {
+  float* step;
+  const float* lr;  // null: the table's
+  Hyper hyper;
+};
+
+struct UpdateRecord {
+  void* param;
+  const void* grad;
+  void* exp_avg;
+  void* exp_avg_sq;
+  const Scalars* scalars;
+  union {
+    int64_t key;                 // kBernoulli
+    const uint32_t* mask_words;  // kChild; null where the whole tensor is in the child
+  };
+  int64_t numel;
+  unsigned first_block;
+  bool grad_aligned, state_aligned;  // state: param, exp_avg and exp_avg_sq
+};
+
+struct GradientState {
+  const float *grad_scale, *found_inf, *grad_norm;  // each may be null
+};
+
+__device__ bool overflowed(const float* found_inf) { return found_inf && *found_inf != 0.0f; }
+
+__global__ void scalars_kernel(
+    const __grid_constant__ Table<ScalarRecord> table, Scalars* scalars, GradientState state) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= table.size || overflowed(state.found_inf)) return;
+  const ScalarRecord& record = table.records[i];
+  const uint32_t t = static_cast<uint32_t>(*record.step) + 1;
+  scalars[i] = derive_scalars(t, record.hyper, record.lr, state.grad_scale, state.grad_norm);
+  *record.step += 1.0f;
+}
+
+// One bit an element of the group: is it in the child network? Bits outside the tensor do not matter.
+__device__ uint32_t child_bits(const uint32_t* mask_words, int64_t start) {
+  return mask_words ? mask_words[start / kWordBits] >> (start % kWordBits) & 0xFu : 0xFu;
+}
+
+template <Mask kMask, typename Weight, typename Moment>
+__device__ void update_group(const UpdateRecord& r, const Scalars& s, int64_t start, bool decay_all) {
+  const int n = r.numel - start < kGroup ? static_cast<int>(r.numel - start) : kGroup;
+  auto* const params = static_cast<Weight*>(r.param);
+  auto* const exp_avgs = static_cast<Moment*>(r.exp_avg);
+  auto* const exp_avg_sqs = static_cast<Moment*>(r.exp_avg_sq);
+  float grad[kGroup], param[kGroup], exp_avg[kGroup], exp_avg_sq[kGroup];
+
+  uint32_t child = 0xFu;
+  if constexpr (kMask == Mask::kChild) {
+    child = child_bits(r.mask_words, start);
+    if (child == 0 && !decay_all) return;  // no memory of the group is touched
+  }
+  load_group(params, start, n, r.state_aligned, param);
+  if (child != 0) {
+    load_group(static_cast<const Weight*>(r.grad), start, n, r.grad_aligned, grad);
+    load_group(exp_avgs, start, n, r.state_aligned, exp_avg);
+    load_group(exp_avg_sqs, start, n, r.state_aligned, exp_avg_sq);
+  }
+
+  uint32_t words[kGroup] = {};
+  if constexpr (kMask == Mask::kBernoulli) {
+    draw_quad(static_cast<uint64_t>(start) / 4, make_stream(r.key, s.t, kGradientMask), words);
+  }
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) {
+    if (kMask != Mask::kChild || child >> j & 1) {
+      float g = grad[j] * s.grad_multiplier;
+      if constexpr (kMask == Mask::kBernoulli) g = reserve_gradient(g, words[j], s);
+      update_weight(g, param[j], exp_avg[j], exp_avg_sq[j], s);
+    } else if (decay_all) {
+      param[j] = decay_weight(param[j], s);
+    }
+  }
+
+  store_group(param, params, start, n, r.state_aligned);
+  if (child != 0) {
+    store_group(exp_avg, exp_avgs, start, n, r.state_aligned);
+    store_group(exp_avg_sq, exp_avg_sqs, start, n, r.state_aligned);
+  }
+}
+
+template <Mask kMask, typename Weight, typename Moment>
+__global__ void __launch_bounds__(kThreads)
+    update_kernel(const __grid_constant__ Table<UpdateRecord> table, const float* found_inf, bool decay_all) {
+  if (overflowed(found_inf)) return;
+  const UpdateRecord& r = find_record(table);
+  const Scalars s = *r.scalars;
+  const int64_t tile = static_cast<int64_t>(blockIdx.x - r.first_block) * kTile;
+#pragma unroll
+  for (int k = 0; k < kGroupsPerThread; ++k) {
+    const int64_t start = tile + (k * kThreads + threadIdx.x) * kGroup;
+    if (start < r.numel) update_group<kMask, Weight, Moment>(r, s, start, decay_all);
+  }
+}
+
+const float* maybe_data(const MaybeTensor& tensor) {
+  return tensor ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr;
+}
+
+void launch_scalars(const UpdateLists& u, Scalars* scalars, const GradientState& state, cudaStream_t stream) {
+  using Records = Table<ScalarRecord>;
+  const int n = static_cast<int>(u.params.size());
+  for (int start = 0; start < n; start += Records::kCapacity) {
+    Records table;
+    table.size = std::min(Records::kCapacity, n - start);
+    for (int i = 0; i < table.size; ++i) {
+      const size_t p = start + i;
+      const auto* lr = u.lrs.empty() ? nullptr : static_cast<const float*>(u.lrs[p].const_data_ptr());
+      table.records[i] = {static_cast<float*>(u.steps[p].mutable_data_ptr()), lr, u.hyper_row(p)};
+    }
+    scalars_kernel<<<blocks_for(table.size, kThreads), kThreads, 0, stream>>>(table, scalars + start, state);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+}
+
+UpdateRecord make_record(const UpdateLists& u, size_t i, const Scalars* scalars) {
+  UpdateRecord r{};
+  r.param = u.params[i].mutable_data_ptr();
+  r.grad = u.grads[i].const_data_ptr();
+  r.exp_avg = u.exp_avgs[i].mutable_data_ptr();
+  r.exp_avg_sq = u.exp_avg_sqs[i].mutable_data_ptr();
+  r.scalars = scalars + i;
+  r.numel = u.params[i].numel();
+  r.grad_aligned = is_aligned(u.grads[i]);  // a view of a communication buffer often is not
+  r.state_aligned = is_aligned(u.params[i]) && is_aligned(u.exp_avgs[i]) && is_aligned(u.exp_avg_sqs[i]);
+  return r;
+}
+
+// `complete(i, record)` adds what is particular to one op. A list may mix dtypes: one launch for each pair present.
+template <Mask kMask, typename Complete>
+void run(const UpdateLists& u, bool decay_all, const Complete& complete) {
+  if (u.params.empty()) return;
+  const torch::stable::accelerator::DeviceGuard guard(u.params[0].get_device_index());
+  const cudaStream_t stream = current_stream(u.params[0]);
+  const int64_t bytes = static_cast<int64_t>(u.params.size() * sizeof(Scalars));
+  const Tensor workspace = torch::stable::new_empty(u.params[0], {bytes}, ScalarType::Byte);
+  auto* scalars = static_cast<Scalars*>(workspace.mutable_data_ptr());
+  const GradientState state{maybe_data(u.grad_scale), maybe_data(u.found_inf), maybe_data(u.grad_norm)};
+  launch_scalars(u, scalars, state, stream);
+
+  constexpr ScalarType kDtypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  for (const ScalarType weight_dtype : kDtypes) {
+    for (const ScalarType moment_dtype : kDtypes) {
+      std::vector<UpdateRecord> records;
+      for (size_t i = 0; i < u.params.size(); ++i) {
+        if (u.params[i].scalar_type() != weight_dtype || u.exp_avgs[i].scalar_type() != moment_dtype) continue;
+        records.push_back(make_record(u, i, scalars));
+        complete(i, records.back());
+      }
+      dispatch_weights(weight_dtype, [&](auto weight) {
+        dispatch_weights(moment_dtype, [&](auto moment) {
+          const auto kernel = update_kernel<kMask, decltype(weight), decltype(moment)>;
+          launch_tables(records, [&](const Table<UpdateRecord>& table, unsigned blocks) {
+            kernel<<<blocks, kThreads, 0, stream>>>(table, state.found_inf, decay_all);
+          });
+        });
+      });
+    }
+  }
+}
+
+}  // namespace
+
+void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+            const Tensors& steps, const Tensor& hyper, const Tensors& lrs, const MaybeTensor& grad_scale,
+            const MaybeTensor& found_inf, const MaybeTensor& grad_norm) {
+  const UpdateLists u{params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs, grad_scale, found_inf, grad_norm};
+  check_update(u);
+  run<Mask::kNone>(u, false, [](size_t, UpdateRecord&) {});
+}
+
+void adamw_bernoulli_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+                      const Tensors& steps, const Tensor& hyper, const std::vector<int64_t>& keys, const Tensors& lrs,
+                      const MaybeTensor& grad_scale, const MaybeTensor& found_inf, const MaybeTensor& grad_norm) {
+  const UpdateLists u{params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs, grad_scale, found_inf, grad_norm};
+  check_update(u);
+  check_keys(u, keys);
+  run<Mask::kBernoulli>(u, false, [&](size_t i, UpdateRecord& r) { r.key = keys[i]; });
+}
+
+void adamw_masked_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+                   const Tensors& steps, const Tensor& hyper, const Tensors& mask_words, bool decay_all,
+                   const Tensors& lrs, const MaybeTensor& grad_scale, const MaybeTensor& found_inf,
+                   const MaybeTensor& grad_norm) {
+  const UpdateLists u{params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs, grad_scale, found_inf, grad_norm};
+  check_update(u);
+  check_mask_words(u, mask_words);
+  run<Mask::kChild>(u, decay_all, [&](size_t i, UpdateRecord& r) {
+    if (mask_words[i].numel() != 0) r.mask_words = static_cast<const uint32_t*>(mask_words[i].const_data_ptr());
+  });
+}
+
+}  // namespace childtune

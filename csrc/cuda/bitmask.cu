@@ -1,0 +1,88 @@
+// Packed masks: drawn from the stream, cut from scores, counted.
+#include "../bitmask.h"
+
+#include "launch.cuh"
+
+namespace childtune {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+constexpr int kCountBlocks = 1024;  // of the counting kernel, each striding over the whole mask
+
+__device__ int64_t thread_index() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
+
+__global__ void bernoulli_kernel(uint32_t* out, int64_t numel, uint64_t first_quad, Stream stream, uint32_t last_kept) {
+  const int64_t word = thread_index();
+  if (word >= words_for(numel)) return;
+  uint32_t bits = 0;
+  for (int i = 0; i < kWordBits; i += 4) {
+    uint32_t drawn[4];
+    draw_quad(first_quad + (word * kWordBits + i) / 4, stream, drawn);
+    for (int j = 0; j < 4; ++j) bits |= static_cast<uint32_t>(drawn[j] <= last_kept) << (i + j);
+  }
+  out[word] = bits & valid_bits(numel - word * kWordBits);
+}
+
+// One warp a word: lane i votes for bit i.
+template <typename T>
+__global__ void threshold_kernel(const T* scores, int64_t numel, float cut, uint32_t* out) {
+  const int64_t i = thread_index();
+  const uint32_t bits = __ballot_sync(~0u, i < numel && static_cast<float>(scores[i]) >= cut);
+  if (i < numel && i % kWordBits == 0) out[i / kWordBits] = bits;
+}
+
+__global__ void popcount_kernel(const uint32_t* words, int64_t n, unsigned long long* total) {
+  unsigned long long count = 0;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = thread_index(); i < n; i += stride) count += count_bits(words[i]);
+  for (int lanes = warpSize / 2; lanes > 0; lanes /= 2) count += __shfl_down_sync(~0u, count, lanes);
+  if (threadIdx.x % warpSize == 0) atomicAdd(total, count);
+}
+
+}  // namespace
+
+void bernoulli_bits(const Tensor& words, int64_t numel, int64_t key, int64_t step, double p, int64_t domain,
+                    int64_t offset) {
+  check_bernoulli(words, numel, step, p, domain, offset);
+  if (numel == 0) return;
+  const DeviceGuard guard(words.get_device_index());
+  const Stream stream = make_stream(key, static_cast<uint32_t>(step), static_cast<uint32_t>(domain));
+  bernoulli_kernel<<<blocks_for(words_for(numel), kThreads), kThreads, 0, current_stream(words)>>>(
+      static_cast<uint32_t*>(words.mutable_data_ptr()), numel, static_cast<uint64_t>(offset) / 4, stream,
+      last_kept_word(p));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+Tensor threshold_bits(const Tensor& scores, double threshold) {
+  check_scores(scores);
+  const DeviceGuard guard(scores.get_device_index());
+  const int64_t numel = scores.numel();
+  const float cut = static_cast<float>(threshold);  // 16-bit scores are compared in fp32 too
+  const Tensor words = torch::stable::new_empty(scores, {words_for(numel)}, ScalarType::Int);
+  if (numel == 0) return words;
+  dispatch_weights(scores.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    threshold_kernel<<<blocks_for(numel, kThreads), kThreads, 0, current_stream(scores)>>>(
+        static_cast<const T*>(scores.const_data_ptr()), numel, cut, static_cast<uint32_t*>(words.mutable_data_ptr()));
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return words;
+}
+
+Tensor popcount_bits(const Tensor& words) {
+  check_words(words);
+  const DeviceGuard guard(words.get_device_index());
+  const cudaStream_t stream = current_stream(words);
+  const Tensor total = torch::stable::new_empty(words, {}, ScalarType::Long);
+  auto* const count = static_cast<unsigned long long*>(total.mutable_data_ptr());
+  STD_CUDA_CHECK(cudaMemsetAsync(count, 0, sizeof(*count), stream));
+  if (words.numel() == 0) return total;
+  const unsigned blocks = std::min<unsigned>(kCountBlocks, blocks_for(words.numel(), kThreads));
+  popcount_kernel<<<blocks, kThreads, 0, stream>>>(static_cast<const uint32_t*>(words.const_data_ptr()), words.numel(),
+                                                   count);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return total;
+}
+
+}  // namespace childtune

@@ -1,0 +1,39 @@
+// The ops of one compiled library, as childtune_kernels/ops/__init__.py declares them: cpu/ and cuda/ define them.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include <torch/csrc/stable/tensor.h>
+
+namespace childtune {
+
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using MaybeTensor = std::optional<Tensor>;
+
+void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+            const Tensors& steps, const Tensor& hyper, const Tensors& lrs, const MaybeTensor& grad_scale,
+            const MaybeTensor& found_inf, const MaybeTensor& grad_norm);
+
+void adamw_bernoulli_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+                      const Tensors& steps, const Tensor& hyper, const std::vector<int64_t>& keys, const Tensors& lrs,
+                      const MaybeTensor& grad_scale, const MaybeTensor& found_inf, const MaybeTensor& grad_norm);
+
+void adamw_masked_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+                   const Tensors& steps, const Tensor& hyper, const Tensors& mask_words, bool decay_all,
+                   const Tensors& lrs, const MaybeTensor& grad_scale, const MaybeTensor& found_inf,
+                   const MaybeTensor& grad_norm);
+
+void square_accumulate_(const Tensors& accumulators, const Tensors& grads, double scale);
+
+// Fills `words`, since an op without a tensor argument has no device to be dispatched on.
+void bernoulli_bits(const Tensor& words, int64_t numel, int64_t key, int64_t step, double p, int64_t domain,
+                    int64_t offset);
+
+Tensor threshold_bits(const Tensor& scores, double threshold);
+
+Tensor popcount_bits(const Tensor& words);
+
+}  // namespace childtune

@@ -1,0 +1,62 @@
+"""Child-Tuning_F and Child-Tuning_D on a small model, on any device, in seconds: python examples/quickstart.py"""
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from childtune_kernels import ChildAdamW, ChildMask, ops
+
+torch.manual_seed(0)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+inputs = torch.randn(64, 20, device=device)
+labels = (inputs[:, 0] * inputs[:, 1] > 0).long()  # stands for your labelled data
+batches = list(zip(inputs.split(16), labels.split(16), strict=True))
+
+
+def pretrained_model() -> nn.Module:
+    """Stands for a model that somebody has trained before."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)).to(device)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    """Train as with any torch optimizer, and return the last loss."""
+    for _ in range(50):
+        for x, y in batches:
+            optimizer.zero_grad()
+            loss = cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+    return loss.item()
+
+
+def main() -> None:
+    """Fine-tune the same model three times."""
+    model = pretrained_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    print(f"vanilla AdamW: loss {train(model, optimizer):.3f}\n")
+
+    # F: at every step a fresh 30 % of the gradient, multiplied by 1/0.3
+    model = pretrained_model()
+    optimizer = ChildAdamW(model.named_parameters(), lr=1e-3, reserve_p=0.3, seed=0)
+    print(f"Child-Tuning_F: loss {train(model, optimizer):.3f}\n{optimizer.describe()}\n")
+
+    # D: the 10 % of the hidden layers' weights with the highest Fisher information; the head (layer 4) is trained fully
+    model = pretrained_model()
+    scope = {name: param for name, param in model.named_parameters() if not name.startswith("4.")}
+    fisher = [torch.zeros_like(param) for param in scope.values()]
+    for x, y in zip(inputs.split(1), labels.split(1), strict=True):  # one example each: Eq. 10
+        grads = torch.autograd.grad(cross_entropy(model(x), y), list(scope.values()))
+        ops.square_accumulate_(fisher, [grad.contiguous() for grad in grads], 1 / len(inputs))
+    scores = torch.cat([score.view(-1) for score in fisher])
+    threshold = scores.topk(round(0.1 * scores.numel())).values[-1]
+    mask = ChildMask.from_dense({name: score >= threshold for name, score in zip(scope, fisher, strict=True)})
+    before = {name: param.detach().clone() for name, param in scope.items()}
+    optimizer = ChildAdamW(model.named_parameters(), lr=1e-3, mask=mask)
+    print(f"Child-Tuning_D: loss {train(model, optimizer):.3f}\n{optimizer.describe()}")
+    moved = sum(int((param != before[name]).sum()) for name, param in scope.items())
+    print(f"{mask!r}: {moved:,} of the hidden layers' {scores.numel():,} weights have moved")
+
+
+if __name__ == "__main__":
+    main()

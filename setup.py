@@ -1,0 +1,127 @@
+"""Builds csrc/ into childtune_kernels/_C_cpu.abi3.so and _C_cuda.abi3.so; all other metadata is in pyproject.toml.
+
+CHILDTUNE_BUILD_EXT=auto (the default) builds what this machine can, says in one line what it cannot and why, and
+installs the pure-Python package all the same; 1 fails instead; 0 builds nothing. CUDA is built where nvcc is found and
+torch is a CUDA build, for TORCH_CUDA_ARCH_LIST, else the GPU present, else 8.0, 9.0 and 10.0+PTX.
+"""
+
+import glob
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+MODE = os.environ.get("CHILDTUNE_BUILD_EXT", "auto")
+if MODE not in ("auto", "0", "1"):
+    raise SystemExit(f"CHILDTUNE_BUILD_EXT must be auto, 0 or 1, got {MODE!r}")
+
+CPU_SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("adamw", "bitmask", "fisher", "loops", "loops_avx2", "loops_avx512")]
+CUDA_SOURCES = [f"csrc/cuda/{name}.cu" for name in ("adamw", "bitmask", "fisher")]
+# The stable ABI of torch 2.10: one library serves every later torch.
+MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
+# The bit contract forbids contraction; errno and traps, which nobody reads, would keep loops from vectorising.
+CXX_FLAGS = ["-std=c++17", "-O3", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+CXX_FLAGS += ["-fvisibility=hidden", "-g0"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+
+
+def skip(what: str, why) -> None:
+    """Say in one line that something is not built, or fail if it was asked for."""
+    message = f"childtune_kernels: {what} is not built ({why}); the package works without it, slower"
+    if MODE == "1":
+        raise SystemExit(message)
+    print(message)
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+
+
+def gencode_flags(torch) -> list[str]:
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").split(";")
+    if archs == [""]:
+        present = torch.cuda.is_available()
+        archs = ["{}.{}".format(*torch.cuda.get_device_capability())] if present else ["8.0", "9.0", "10.0+PTX"]
+    flags = []
+    for arch in filter(None, archs):
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def extensions() -> list[Extension]:
+    if MODE == "0":
+        return []
+    try:
+        import torch
+        from torch.utils.cpp_extension import include_paths, library_paths
+    except ImportError as error:
+        skip("csrc", f"torch cannot be imported here: {error}; try pip install --no-build-isolation")
+        return []
+    shared = {
+        "include_dirs": include_paths(),
+        "depends": glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True),
+        "extra_compile_args": CXX_FLAGS,
+        "py_limited_api": True,
+    }
+    cpu = Extension(
+        "childtune_kernels._C_cpu",
+        ["csrc/registration.cpp", *CPU_SOURCES],
+        define_macros=[*MACROS, ("CHILDTUNE_DEVICE", "CPU")],
+        library_dirs=library_paths(),
+        libraries=["c10", "torch_cpu"],
+        **shared,
+    )
+    nvcc = find_nvcc()
+    if nvcc is None or torch.version.cuda is None:
+        return [cpu]
+    cuda_home = Path(nvcc).resolve().parent.parent
+    cuda = Extension(
+        "childtune_kernels._C_cuda",
+        ["csrc/registration.cpp", *CUDA_SOURCES],
+        define_macros=[*MACROS, ("CHILDTUNE_DEVICE", "CUDA")],
+        library_dirs=[*library_paths(), f"{cuda_home}/lib64", f"{cuda_home}/lib"],
+        libraries=["c10", "torch_cpu", "torch_cuda", "cudart"],
+        **shared,
+    )
+    cuda.nvcc = [nvcc, *NVCC_FLAGS, *gencode_flags(torch)]
+    return [cpu, cuda]
+
+
+class BuildWhatWeCan(build_ext):
+    """build_ext that compiles .cu files with nvcc and, unless told otherwise, survives a failing compile."""
+
+    def build_extensions(self):
+        built = []
+        for extension in self.extensions:
+            try:
+                self.compile_cuda(extension)
+                self.build_extension(extension)
+                built.append(extension)
+            except Exception as error:
+                skip(extension.name, f"{type(error).__name__}: {error}")
+        self.extensions = built  # what an editable install copies into the source tree
+
+    def compile_cuda(self, extension):
+        for source in [s for s in extension.sources if s.endswith(".cu")]:
+            target = Path(self.build_temp, source).with_suffix(".o")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            macros = [f"-D{name}={value}" for name, value in extension.define_macros]
+            includes = [f"-I{path}" for path in extension.include_dirs]
+            subprocess.run([*extension.nvcc, *macros, *includes, "-c", source, "-o", str(target)], check=True)
+            extension.sources.remove(source)
+            extension.extra_objects.append(str(target))
+
+
+modules = extensions()
+setup(
+    ext_modules=modules,
+    cmdclass={"build_ext": BuildWhatWeCan},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if modules else {},
+)

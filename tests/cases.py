@@ -1,0 +1,206 @@
+"""Inputs for op and optimizer tests: lists of awkward tensors in guarded buffers, and small models."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from oracles import same_bits, written_order_step
+from torch import Tensor
+
+from childtune_kernels import ChildAdamW, ChildMask, ops, philox
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCK = 1024  # the largest unit of work of any kernel
+SHAPES = ((0,), (1,), (31,), (32,), (33,), (BLOCK - 1,), (BLOCK,), (BLOCK + 1,), (37, 29), (), (3, 0, 2))
+SENTINEL, MARGIN = 7.25, 19
+
+
+@dataclass
+class Guards:
+    """Tensors that are views into larger buffers, at any element offset, with sentinels on both sides."""
+
+    buffers: list[tuple[Tensor, int, int]] = field(default_factory=list)
+
+    def place(self, values: Tensor, offset: int) -> Tensor:
+        n = values.numel()
+        buffer = torch.full((offset + n + MARGIN,), SENTINEL, dtype=values.dtype, device=values.device)
+        view = buffer[offset : offset + n].view(values.shape)
+        view.copy_(values)
+        self.buffers.append((buffer, offset, n))
+        return view
+
+    def intact(self) -> bool:
+        outside = [torch.cat([b[:offset], b[offset + n :]]) for b, offset, n in self.buffers]
+        return all(bool((x == SENTINEL).all()) for x in outside)
+
+
+def hyper_row(i: int = 0, *, dialect="torch", p=1.0, sign=1.0, max_grad_norm=math.inf, **fixed) -> tuple[float, ...]:
+    """A row of the hyper table that differs from parameter to parameter."""
+    row = dict(
+        lr=1e-2 / (i + 1),
+        beta1=(0.9, 0.8, 0.0)[i % 3],
+        beta2=(0.999, 0.95)[i % 2],
+        eps=(1e-8, 1e-4, 1e-6)[i % 3],
+        weight_decay=(0.1, 0.0)[i // 2 % 2],
+        reserve_p=p,
+        sign=sign,
+        hf_dialect=float(dialect == "hf"),
+        max_grad_norm=max_grad_norm,
+    )
+    row.update(fixed)
+    return tuple(row[column] for column in ops.HYPER_COLUMNS)
+
+
+class Case:
+    """One op's lists on a device, beside a CPU copy that takes the same steps in the written order."""
+
+    def __init__(
+        self, device, *, shapes=SHAPES, dtypes=DTYPES, moment_dtype=torch.float32, rows=None, offset=3, lr_list=False
+    ):
+        generator = torch.Generator().manual_seed(1)
+        self.device, self.generator, self.guards = device, generator, Guards()
+        self.specs = [
+            (shape, dtypes[(i + j) % len(dtypes)]) for j in range(len(dtypes)) for i, shape in enumerate(shapes)
+        ]
+        n = len(self.specs)
+        self.offset = offset
+        weights = [torch.randn(shape, generator=generator).to(dtype) for shape, dtype in self.specs]
+        moments = [torch.zeros(shape, dtype=moment_dtype) for shape, _ in self.specs]
+        self.golden = [[w, m, m.clone()] for w, m in zip(weights, moments, strict=True)]
+        self.params, self.exp_avgs, self.exp_avg_sqs = (
+            [self._place(row[k], i + k) for i, row in enumerate(self.golden)] for k in range(3)
+        )
+        self.steps = [torch.zeros((), device=device) for _ in range(n)]
+        self.t = 0
+        self.rows = [hyper_row(i) for i in range(n)] if rows is None else rows(n)
+        self.hyper = torch.tensor(self.rows, dtype=torch.float64).view(n, len(ops.HYPER_COLUMNS))
+        self.keys = [philox.stream_key(11, f"p{i}") for i in range(n)]
+        self.children = [torch.rand(shape, generator=generator) < (0.0, 0.1, 0.7, 1.0)[i % 4]
+                         for i, (shape, _) in enumerate(self.specs)]  # fmt: skip
+        self.words = [ops.pack_bits(child).to(device) for child in self.children]
+        for i in range(4, n, 5):  # no words: the whole tensor is in the child
+            self.words[i], self.children[i] = self.words[i][:0], torch.ones_like(self.children[i])
+        self.lrs = [torch.tensor(0.02 / (i + 1), device=device) for i in range(n)] if lr_list else []
+
+    def _place(self, values: Tensor, i: int) -> Tensor:
+        return self.guards.place(values.to(self.device), i % self.offset if self.offset else 0)
+
+    def new_grads(self, *, scale: float = 1.0, special: float | None = None) -> list[Tensor]:
+        grads = []
+        for i, (shape, dtype) in enumerate(self.specs):
+            grad = torch.randn(shape, generator=self.generator) * scale
+            if special is not None and grad.numel() > 2:
+                grad.view(-1)[1] = special
+            grads.append(self._place(grad.to(dtype), i + 1))
+        return grads
+
+    def step(self, kernels, op: str, grads, *, decay_all=False, scale=None, found_inf=None, norm=None) -> None:
+        """Run one op call on the device and, unless it must be skipped, the written order on the copy."""
+        before = [g.clone() for g in grads]
+        scaling = [None if x is None else torch.tensor(float(x), device=self.device) for x in (scale, found_inf, norm)]
+        lists = (self.params, grads, self.exp_avgs, self.exp_avg_sqs, self.steps, self.hyper)
+        extra = {"adamw_": (), "adamw_bernoulli_": (self.keys,), "adamw_masked_": (self.words, decay_all)}[op]
+        getattr(kernels, op)(*lists, *extra, self.lrs, *scaling)
+        assert all(same_bits(a, b) for a, b in zip(before, grads, strict=True)), "a gradient was written"
+        if found_inf:
+            return
+        self.t += 1
+        for i, (golden, row) in enumerate(zip(self.golden, self.rows, strict=True)):
+            lr = self.lrs[i].item() if self.lrs else None
+            kwargs = dict(lr=lr, scale=scale, norm=norm)
+            if op == "adamw_bernoulli_":
+                elements = torch.arange(golden[0].numel())
+                keep = philox.keep_bits(elements, self.keys[i], self.t, row[5]).view(golden[0].shape)
+                kwargs.update(keep=keep)
+            elif op == "adamw_masked_":
+                kwargs.update(child=self.children[i], decay_all=decay_all)
+            golden[:] = written_order_step(golden[0], before[i].cpu(), *golden[1:], self.t, row, **kwargs)
+
+    def check(self) -> None:
+        """Demand bitwise equality of weights and moments, the step count and intact sentinels."""
+        for i, golden in enumerate(self.golden):
+            got = (self.params[i], self.exp_avgs[i], self.exp_avg_sqs[i])
+            for name, a, b in zip(("param", "exp_avg", "exp_avg_sq"), got, golden, strict=True):
+                assert same_bits(a, b), f"{name} {i} {self.specs[i]} at step {self.t}: {_difference(a, b)}"
+            assert self.steps[i].item() == self.t
+        assert self.guards.intact(), "something outside a tensor was written"
+
+
+def _difference(a: Tensor, b: Tensor) -> str:
+    a, b = a.cpu().double().flatten(), b.double().flatten()
+    where = (a != b).nonzero().flatten().tolist()
+    return f"{len(where)} of {a.numel()} differ, first at {where[:1]}, largest by {(a - b).abs().max().item():.3e}"
+
+
+def snapshot(tensors) -> list[Tensor]:
+    return [t.detach().clone() for t in tensors]
+
+
+def unchanged(before, after) -> bool:
+    return all(same_bits(a, b) for a, b in zip(before, after, strict=True))
+
+
+MODEL = {
+    "embed.weight": (7, 5),
+    "layer.weight": (33, 31),
+    "layer.bias": (33,),
+    "norm.scale": (),
+    "head.weight": (3, 1031),
+}
+KINDS = ("plain", "F", "D", "D, decay all")
+
+
+def model(device="cpu", dtype=torch.float32) -> list[tuple[str, torch.nn.Parameter]]:
+    """Named parameters of distinct shapes; the same values at every call."""
+    generator = torch.Generator().manual_seed(2)
+    f32 = torch.float32  # whatever the default dtype is
+    weights = {n: torch.randn(s, generator=generator, dtype=f32).to(device, dtype) for n, s in MODEL.items()}
+    return [(name, torch.nn.Parameter(weight)) for name, weight in weights.items()]
+
+
+def set_grads(named, step: int, *, scale: float = 1.0) -> None:
+    """Give every parameter a gradient that depends on its position and on ``step`` alone, with no zeros."""
+    for i, (_, param) in enumerate(named):
+        generator = torch.Generator().manual_seed(1000 * step + i)
+        grad = torch.randn(param.shape, generator=generator, dtype=torch.float32) * scale
+        param.grad = torch.where(grad == 0, scale, grad).to(param.device, param.dtype)
+
+
+def child_mask(density: float = 0.3) -> ChildMask:
+    """A child network in two of the model's parameters."""
+    generator = torch.Generator().manual_seed(3)
+    names = ("embed.weight", "head.weight")
+    return ChildMask.from_dense({name: torch.rand(MODEL[name], generator=generator) < density for name in names})
+
+
+def optimizer(named, kind: str = "plain", **kwargs) -> ChildAdamW:
+    """ChildAdamW of one kind, with hyper-parameters large enough to matter."""
+    of_kind = {
+        "plain": {},
+        "F": dict(reserve_p=0.3, seed=5),
+        "D": dict(mask=child_mask()),
+        "D, decay all": dict(mask=child_mask(), decay="all"),
+    }
+    return ChildAdamW(named, **{"lr": 1e-2, "weight_decay": 0.1, **of_kind[kind], **kwargs})
+
+
+def train(opt, named, steps, **kwargs) -> None:
+    for step in steps:
+        set_grads(named, step, **kwargs)
+        opt.step()
+
+
+def weights_of(named) -> list[Tensor]:
+    return snapshot(p for _, p in named)
+
+
+def state_of(opt) -> list[Tensor]:
+    return [opt.state[p][key] for g in opt.param_groups for p in g["params"] for key in sorted(opt.state.get(p, {}))]
+
+
+def same_training(a, opt_a, b, opt_b) -> bool:
+    """Whether two optimizers hold bitwise the same weights and state."""
+    states = state_of(opt_a), state_of(opt_b)
+    return len(states[0]) == len(states[1]) > 0 and unchanged(weights_of(a), weights_of(b)) and unchanged(*states)

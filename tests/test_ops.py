@@ -1,0 +1,229 @@
+"""The update ops: every implementation does, bit for bit, what the written order of operations says."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import BLOCK, DTYPES, SHAPES, Case, hyper_row
+from oracles import Judge, assert_as_accurate, same_bits
+
+from childtune_kernels import ops, philox
+
+UPDATES = {
+    "plain": ("adamw_", {}, 1.0),
+    "bernoulli": ("adamw_bernoulli_", {}, 0.3),
+    "child": ("adamw_masked_", {"decay_all": False}, 1.0),
+    "child, decay all": ("adamw_masked_", {"decay_all": True}, 1.0),
+}
+
+
+@pytest.fixture(params=UPDATES, ids=lambda name: name.replace(", ", "-").replace(" ", "-"))
+def update(request):
+    return UPDATES[request.param]
+
+
+def rows_for(p, **fixed):
+    return lambda n: [hyper_row(i, p=p if i % 3 else min(1.0, 2 * p), **fixed) for i in range(n)]
+
+
+@pytest.mark.parametrize("moment_dtype", DTYPES, ids=["m32", "mbf16", "m16"])
+def test_bits_over_sizes_dtypes_and_steps(update, dialect, moment_dtype, place):
+    op, kwargs, p = update
+    case = Case(place.device, moment_dtype=moment_dtype, rows=rows_for(p, dialect=dialect))
+    for _ in range(4):
+        case.step(place.kernels, op, case.new_grads(), **kwargs)
+        case.check()
+
+
+@pytest.mark.parametrize("lr_list", [False, True], ids=["hyper-lr", "lrs"])
+@pytest.mark.parametrize("scale", [None, 1024.0, 3.0])
+@pytest.mark.parametrize("norm", [None, 0.5, 50.0, 0.0, math.inf, math.nan], ids=str)
+def test_bits_with_scaling_clipping_and_ascent(update, norm, scale, lr_list, place):
+    op, kwargs, p = update
+    rows = rows_for(p, sign=-1.0, max_grad_norm=1.5)
+    case = Case(place.device, shapes=((33,), (BLOCK + 1,), (37, 29)), rows=rows, lr_list=lr_list)
+    for _ in range(2):
+        stored_norm = None if norm is None else norm * (scale or 1.0)
+        case.step(place.kernels, op, case.new_grads(scale=scale or 1.0), scale=scale, norm=stored_norm, **kwargs)
+        case.check()
+
+
+@pytest.mark.parametrize("special", [math.inf, -math.inf, math.nan, 0.0, -0.0, 1e-42, 3e38], ids=str)
+def test_bits_of_special_gradients(update, special, place):
+    op, kwargs, p = update
+    case = Case(place.device, shapes=((33,), (BLOCK + 1,)), dtypes=(torch.float32, torch.bfloat16), rows=rows_for(p))
+    for _ in range(2):
+        case.step(place.kernels, op, case.new_grads(special=special), **kwargs)
+        case.check()
+
+
+@pytest.mark.parametrize("found_inf", [1.0, 2.0, math.nan])
+def test_found_inf_writes_nothing_and_the_retry_is_the_same_step(update, found_inf, place):
+    op, kwargs, p = update
+    case = Case(place.device, rows=rows_for(p))
+    case.step(place.kernels, op, case.new_grads(), scale=8.0, found_inf=0.0, **kwargs)
+    case.check()
+    case.step(place.kernels, op, case.new_grads(special=math.inf), scale=8.0, found_inf=found_inf, **kwargs)
+    case.check()
+    case.step(place.kernels, op, case.new_grads(), scale=4.0, found_inf=0.0, **kwargs)
+    case.check()
+
+
+EMPTY = {
+    "first": ((0,), (5,), (BLOCK + 1,)),
+    "middle": ((5,), (0, 3), (BLOCK + 1,)),
+    "last": ((5,), (BLOCK + 1,), (0,)),
+    "all": ((0,), (2, 0)),
+    "runs": ((0,), (0,), (33,), (0,), (0,), (31,), (0,), (0,)),
+}
+
+
+@pytest.mark.parametrize("shapes", EMPTY.values(), ids=EMPTY)
+def test_bits_with_empty_tensors(update, shapes, place):
+    op, kwargs, p = update
+    case = Case(place.device, shapes=shapes, rows=rows_for(p))
+    for _ in range(2):
+        case.step(place.kernels, op, case.new_grads(), **kwargs)
+        case.check()
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2, 3, 4, 5, 8])
+def test_bits_at_every_alignment(update, offset, place):
+    """Gradients, weights and moments at unequal element offsets; 0: all as the allocator aligns them."""
+    op, kwargs, p = update
+    case = Case(place.device, shapes=((BLOCK,), (3 * BLOCK + 5,)), rows=rows_for(p), offset=offset)
+    for _ in range(2):
+        case.step(place.kernels, op, case.new_grads(), **kwargs)
+        case.check()
+
+
+def test_bits_of_a_large_list(update, place):
+    """150 tensors of a few elements beside three of many blocks."""
+    op, kwargs, p = update
+    case = Case(place.device, shapes=((20_003,), *((n % 7,) for n in range(50))), rows=rows_for(p))
+    case.step(place.kernels, op, case.new_grads(), **kwargs)
+    case.check()
+
+
+@pytest.mark.parametrize("first_step", [1, 2, 15, 255, 256, 257, 2**24 - 3])
+def test_bits_late_in_training(update, first_step, place):
+    op, kwargs, p = update
+    case = Case(place.device, shapes=((33,), (37, 29)), rows=rows_for(p))
+    for step in case.steps:
+        step.fill_(first_step - 1)
+    case.t = first_step - 1
+    for _ in range(2):
+        case.step(place.kernels, op, case.new_grads(), **kwargs)
+        case.check()
+
+
+@pytest.mark.parametrize("p", [2.0**-32, 1e-9, 0.1, 0.5, 1 - 2.0**-33, 1.0])
+def test_bits_of_bernoulli_at_extreme_p(p, place):
+    case = Case(place.device, shapes=((BLOCK + 1,),), rows=lambda n: [hyper_row(i, p=p) for i in range(n)])
+    for _ in range(2):
+        case.step(place.kernels, "adamw_bernoulli_", case.new_grads(), **{})
+        case.check()
+
+
+def test_p_of_one_is_plain_adamw(place):
+    plain, bernoulli = Case(place.device), Case(place.device)
+    for _ in range(3):
+        plain.step(place.kernels, "adamw_", plain.new_grads())
+        bernoulli.step(place.kernels, "adamw_bernoulli_", bernoulli.new_grads())
+    assert all(same_bits(a, b) for a, b in zip(plain.params, bernoulli.params, strict=True))
+
+
+@pytest.mark.parametrize("moment_dtype", DTYPES, ids=["m32", "mbf16", "m16"])
+def test_accuracy_against_fp64(update, dialect, dtype, moment_dtype, place):
+    op, kwargs, p = update
+    n, steps = 700, 30
+    row = hyper_row(dialect=dialect, p=p, weight_decay=0.1)
+    case = Case(place.device, shapes=((n,),), dtypes=(dtype,), moment_dtype=moment_dtype, rows=lambda _: [row])
+    case.children[0] = torch.rand(n) < 0.4
+    case.words[0] = ops.pack_bits(case.children[0]).to(place.device)
+    judge = Judge(case.params[0], moment_dtype)
+    for t in range(1, steps + 1):
+        grads = case.new_grads()
+        case.step(place.kernels, op, grads, **kwargs)
+        masks = {}
+        if op == "adamw_bernoulli_":
+            masks = dict(keep=philox.keep_bits(torch.arange(n), case.keys[0], t, p), p=p)
+        elif op == "adamw_masked_":
+            masks = dict(child=case.children[0], decay="all" if kwargs["decay_all"] else "child")
+        lr, beta1, beta2, eps, weight_decay = row[:5]
+        adamw = dict(lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, dialect=dialect)
+        judge.step(grads[0], **adamw, **masks)
+    judge.check(case.params[0], case.exp_avgs[0], case.exp_avg_sqs[0])
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.125, 1 / 3])
+def test_square_accumulate_bits(scale, place):
+    case = Case(place.device)
+    shapes = [g.shape for g in case.new_grads()]
+    accumulators = [case.guards.place(torch.rand(shape, device=place.device), i % 3) for i, shape in enumerate(shapes)]
+    expected = [a.cpu().numpy().copy() for a in accumulators]
+    for _ in range(3):
+        grads = case.new_grads()
+        place.kernels.square_accumulate_(accumulators, grads, scale)
+        for i, g in enumerate(g.float().cpu().numpy() for g in grads):
+            expected[i] = expected[i] + (g * g) * torch.tensor(scale).numpy()
+    for got, want, shape in zip(accumulators, expected, shapes, strict=True):
+        assert same_bits(got, torch.as_tensor(want).view(shape))
+    assert case.guards.intact()
+
+
+def test_square_accumulate_against_fp64(place):
+    grads = [torch.randn(301, device=place.device) for _ in range(50)]
+    total = torch.zeros(301, device=place.device)
+    for grad in grads:
+        place.kernels.square_accumulate_([total], [grad], 1 / 50)
+    truth = sum(g.double() ** 2 for g in grads) / 50
+    assert_as_accurate(total, truth, sum(g**2 * (1 / 50) for g in grads))
+
+
+@pytest.mark.parametrize("numel", [s[0] for s in SHAPES if len(s) == 1] + [37 * 29, 100_003])
+def test_threshold_bits_over_sizes(numel, dtype, place):
+    scores = torch.rand(numel, generator=torch.Generator().manual_seed(numel)).to(dtype)
+    words = place.kernels.threshold_bits(scores.to(place.device), 0.625)
+    assert words.dtype == torch.int32 and words.shape == ((numel + 31) // 32,)
+    assert torch.equal(ops.unpack_bits(words, numel).cpu(), scores.double() >= 0.625)
+    assert not ops.unpack_bits(words, 32 * words.numel())[numel:].any(), "spare bits must be 0"
+    assert int(place.kernels.popcount_bits(words)) == int((scores.double() >= 0.625).sum())
+
+
+def test_threshold_bits_of_special_scores(dtype, place):
+    inf, nan = math.inf, math.nan
+    scores = torch.tensor([0.0, -0.0, nan, inf, -inf, 0.5, torch.finfo(dtype).smallest_normal], dtype=dtype)
+    for threshold in (0.0, 0.5, inf, -inf, nan):
+        bits = ops.unpack_bits(place.kernels.threshold_bits(scores.to(place.device), threshold), 7).cpu()
+        assert bits.tolist() == [score >= threshold for score in scores.tolist()], threshold
+
+
+def test_threshold_bits_round_the_threshold_to_fp32_only(dtype, place):
+    """1.001 lies between 1 and the next bf16 value, 0.1 between two fp32 values: 1 is below it, 0.1 in fp32 is not."""
+    scores = torch.tensor([1.0, 1.5], dtype=dtype, device=place.device)
+    assert ops.unpack_bits(place.kernels.threshold_bits(scores, 1.001), 2).tolist() == [False, True]
+    scores = torch.tensor([0.7], device=place.device)
+    assert ops.unpack_bits(place.kernels.threshold_bits(scores, 0.7), 1).tolist() == [True]
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (31, 33), (4, 0)], ids=str)
+def test_packing_round_trip(shape, device):
+    bits = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    words = ops.pack_bits(bits.to(device))
+    flat = bits.flatten().tolist()
+    expected = [sum(bit << i for i, bit in enumerate(flat[w : w + 32])) for w in range(0, len(flat), 32)]
+    assert [word % 2**32 for word in words.tolist()] == expected
+    assert torch.equal(ops.unpack_bits(words, bits.numel()).view(shape).cpu(), bits)
+    assert (
+        torch.equal(ops.pack_bits(bits.t().to(device)), ops.pack_bits(bits.t().contiguous().to(device)))
+        or not shape[1:]
+    )
+
+
+@pytest.mark.parametrize("words, expected", [([], 0), ([0], 0), ([-1], 32), ([1, -(2**31), 7], 5)], ids=str)
+def test_popcount_bits(words, expected, place):
+    count = place.kernels.popcount_bits(torch.tensor(words, dtype=torch.int32, device=place.device))
+    assert count.dtype == torch.int64 and count.shape == () and int(count) == expected

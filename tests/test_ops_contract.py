@@ -1,0 +1,282 @@
+"""The ops as torch sees them: schemas, fakes, version counters, compilation, refusals that change nothing."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import pytest
+import torch
+from cases import hyper_row, snapshot, unchanged
+
+from childtune_kernels import ops, philox
+from childtune_kernels.ops import checks, reference
+
+UPDATES = ("adamw_", "adamw_bernoulli_", "adamw_masked_")
+SHAPES = ((5,), (3, 7), (0,))
+
+
+def arguments(device="cpu", n=3) -> dict:
+    """Valid arguments of every update op, by name; weights of two dtypes."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    specs = list(zip(SHAPES, dtypes, strict=True))[:n]
+    return dict(
+        params=[torch.randn(s, device=device).to(d) for s, d in specs],
+        grads=[torch.randn(s, device=device).to(d) for s, d in specs],
+        exp_avgs=[torch.zeros(s, device=device) for s, _ in specs],
+        exp_avg_sqs=[torch.zeros(s, device=device) for s, _ in specs],
+        steps=[torch.zeros((), device=device) for _ in specs],
+        hyper=torch.tensor([hyper_row(i, p=0.5) for i in range(n)], dtype=torch.float64).view(n, -1),
+        keys=[philox.stream_key(3, str(i)) for i in range(n)],
+        mask_words=[ops.pack_bits(torch.rand(s, device=device) < 0.5) for s, _ in specs],
+        decay_all=True,
+        lrs=[torch.tensor(0.1, device=device) for _ in specs],
+        grad_scale=torch.tensor(2.0, device=device),
+        found_inf=torch.tensor(0.0, device=device),
+        grad_norm=torch.tensor(3.0, device=device),
+    )
+
+
+def positional(op: str, given: dict) -> list:
+    names = list(inspect.signature(getattr(reference, op)).parameters)
+    return [given[name] for name in names]
+
+
+def tensors_of(given: dict) -> list[torch.Tensor]:
+    values = [v if isinstance(v, list) else [v] for v in given.values()]
+    return [t for v in values for t in v if isinstance(t, torch.Tensor) and t.layout == torch.strided]
+
+
+OTHERS = {
+    "square_accumulate_": lambda device: ([torch.zeros(5, device=device)], [torch.randn(5, device=device)], 0.5),
+    "bernoulli_bits": lambda device: (70, -(2**63), 2**24 - 1, 0.3, 0, 2**34, torch.device(device)),
+    "threshold_bits": lambda device: (torch.randn(70, device=device), 0.25),
+    "popcount_bits": lambda device: (torch.tensor([3, -1], dtype=torch.int32, device=device),),
+}
+
+
+def test_every_op_is_covered():
+    assert {*UPDATES, *OTHERS} == set(ops.SCHEMAS)
+    for op in ops.SCHEMAS:
+        assert getattr(ops, op) is getattr(torch.ops.childtune, op)
+
+
+@pytest.mark.parametrize("overload", ["default", "csrc"])
+@pytest.mark.parametrize("op", ops.SCHEMAS)
+def test_opcheck(op, overload, device):
+    if overload == "csrc" and (reason := ops.unavailable("csrc", device)):
+        pytest.skip(reason)
+    args = positional(op, arguments(device)) if op in UPDATES else list(OTHERS[op](device))
+    if (op, overload) == ("bernoulli_bits", "csrc"):  # takes its result
+        args = [torch.empty(3, dtype=torch.int32, device=device), *args[:-1]]
+    torch.library.opcheck(getattr(getattr(torch.ops.childtune, op), overload), tuple(args))
+
+
+@pytest.mark.parametrize("op", UPDATES)
+def test_updates_advance_version_counters(op, device):
+    given = arguments(device)
+    written = [t for name in ("params", "exp_avgs", "exp_avg_sqs", "steps") for t in given[name]]
+    others = [t for t in tensors_of(given) if not any(t is w for w in written)]
+    versions, other_versions = [t._version for t in written], [t._version for t in others]
+    getattr(ops, op)(*positional(op, given))
+    assert all(t._version > version for t, version in zip(written, versions, strict=True))
+    assert [t._version for t in others] == other_versions
+
+
+def test_autograd_notices_an_update():
+    given = arguments(n=1)
+    weight = given["params"][0].requires_grad_()
+    loss = (weight * weight).sum()
+    with torch.no_grad():
+        ops.adamw_(*positional("adamw_", given))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_square_accumulate_advances_version_counters(device):
+    accumulators, grads, scale = OTHERS["square_accumulate_"](device)
+    version = accumulators[0]._version
+    ops.square_accumulate_(accumulators, grads, scale)
+    assert accumulators[0]._version > version and grads[0]._version == 0
+
+
+@pytest.mark.parametrize("op", UPDATES)
+def test_compiled_update_equals_eager(op, device):
+    def update(given):
+        getattr(torch.ops.childtune, op)(*positional(op, given))
+        return [p * 2 for p in given["params"]]
+
+    torch.manual_seed(1)
+    eager = arguments(device)
+    torch.manual_seed(1)
+    compiled = arguments(device)
+    before = snapshot(eager["params"])
+    expected = update(eager)
+    got = torch.compile(update, fullgraph=True, backend="aot_eager")(compiled)
+    assert unchanged(expected, got)
+    assert unchanged(tensors_of(eager), tensors_of(compiled))
+    assert not unchanged(before, compiled["params"])
+
+
+def test_compiled_bit_ops_equal_eager(device):
+    def count(scores):
+        accumulator = torch.zeros_like(scores)
+        torch.ops.childtune.square_accumulate_([accumulator], [scores], 2.0)
+        words = torch.ops.childtune.threshold_bits(accumulator, 0.25)
+        kept = torch.ops.childtune.bernoulli_bits(70, 5, 1, 0.5, 0, 0, scores.device)
+        return torch.ops.childtune.popcount_bits(words & kept), accumulator
+
+    scores = torch.randn(70, device=device)
+    expected, got = count(scores), torch.compile(count, fullgraph=True, backend="aot_eager")(scores)
+    assert unchanged(expected, got) and expected[0] > 0
+
+
+@pytest.mark.parametrize("op", UPDATES)
+def test_empty_lists_are_a_no_op(op):
+    given = {k: [] if isinstance(v, list) else v for k, v in arguments().items()}
+    getattr(ops, op)(*positional(op, {**given, "hyper": torch.empty(0, 9, dtype=torch.float64)}))
+    ops.square_accumulate_([], [], 1.0)
+
+
+def _set(name, index, value):
+    def change(given):
+        given[name] = [*given[name]]
+        given[name][index] = value(given[name][index]) if callable(value) else value
+
+    return change
+
+
+def _put(name, value):
+    return lambda given: given.update({name: value(given[name]) if callable(value) else value})
+
+
+def _row(column, value):
+    def change(given):
+        given["hyper"] = given["hyper"].clone()
+        given["hyper"][1, ops.HYPER_COLUMNS.index(column)] = value
+
+    return change
+
+
+def _strided(value):
+    return value.t().contiguous().t()
+
+
+WIDE = torch.zeros(7, 3)
+# What is wrong, for which ops, the change, and what the error says: argument, expected, received.
+ALL, F, D = UPDATES, UPDATES[1:2], UPDATES[2:]
+BAD = [
+    ("grads-count", ALL, _put("grads", lambda v: v[:2]), "grads must have 3 entries, one a parameter, got 2"),
+    ("moments-count", ALL, _put("exp_avgs", lambda v: v[:1]), "exp_avgs must have 3 entries.* got 1"),
+    ("steps-count", ALL, _put("steps", lambda v: v * 2), "steps must have 3 entries.* got 6"),
+    ("lrs-count", ALL, _put("lrs", lambda v: v[:2]), "lrs must have 3 entries.* got 2"),
+    ("keys-count", F, _put("keys", lambda v: v[:2]), "keys must have 3 entries.* got 2"),
+    ("words-count", D, _put("mask_words", lambda v: v[:2]), "mask_words must have 3 entries.* got 2"),
+    ("hyper-dtype", ALL, _put("hyper", lambda v: v.float()), "hyper must be a float64 CPU.* got torch.float32"),
+    ("hyper-rows", ALL, _put("hyper", lambda v: v[:2]), r"hyper must be .* 3 rows.* got .*\(2, 9\)"),
+    ("hyper-columns", ALL, _put("hyper", lambda v: v[:, :8]), r"hyper must be .* 9 columns.* got .*\(3, 8\)"),
+    ("hyper-strides", ALL, _put("hyper", _strided), "hyper must be contiguous, got strides"),
+    ("p-zero", F, _row("reserve_p", 0.0), r"reserve_p must be in \[2\*\*-32, 1\], got 0"),
+    ("p-above-1", F, _row("reserve_p", 1.5), r"reserve_p must be in \[2\*\*-32, 1\], got 1.5"),
+    ("p-nan", F, _row("reserve_p", math.nan), r"reserve_p must be in \[2\*\*-32, 1\], got nan"),
+    ("weight-dtype", ALL, _set("params", 1, WIDE.double()), r"params\[1\] must have dtype .* got torch.float64"),
+    ("weight-strides", ALL, _set("params", 1, _strided), r"params\[1\] must be contiguous, got"),
+    ("grad-shape", ALL, _set("grads", 1, lambda v: v.t()), r"params\[1\] must have shape \(3, 7\), got \(7, 3\)"),
+    ("grad-dtype", ALL, _set("grads", 1, lambda v: v.float()), r"params\[1\] must have dtype .*bfloat16, got .*32"),
+    ("grad-sparse", ALL, _set("grads", 1, lambda v: v.to_sparse()), r"params\[1\] must be dense, got layout"),
+    ("grad-complex", ALL, _set("grads", 0, lambda v: v.to(torch.complex64)), r"params\[0\] must .* got .*complex64"),
+    ("grad-strides", ALL, _set("grads", 1, _strided), r"grads\[1\] must be contiguous, got"),
+    ("step-dtype", ALL, _set("steps", 2, torch.zeros((), dtype=torch.int64)), "state 2: step must be .*int64"),
+    ("step-numel", ALL, _set("steps", 2, torch.zeros(2)), "state 2: step must be one float32 on cpu, got 2 x"),
+    ("moment-dtype", ALL, _set("exp_avgs", 1, lambda v: v.double()), "state 1: exp_avg must .* got .*float64"),
+    ("moment-pair", ALL, _set("exp_avg_sqs", 1, lambda v: v.half()), "state 1: exp_avg_sq must .* got .*float16"),
+    ("moment-shape", ALL, _set("exp_avgs", 1, WIDE), r"state 1: exp_avg must have shape \(3, 7\).* got \(7, 3\)"),
+    ("moment-strides", ALL, _set("exp_avgs", 1, WIDE.t()), "state 1: exp_avg must be contiguous, got strides"),
+    ("words-dtype", D, _set("mask_words", 0, lambda v: v.long()), r"mask_words\[0\] must be 1-D int32 .*int64"),
+    ("words-numel", D, _set("mask_words", 0, lambda v: v.repeat(2)), r"mask_words\[0\] must hold 1 .* got 2"),
+    ("lr-dtype", ALL, _set("lrs", 1, lambda v: v.double()), r"lrs\[1\] must be .* got 1 x torch.float64"),
+    ("scale-dtype", ALL, _put("grad_scale", lambda v: v.double()), "grad_scale must be one float32 .*float64"),
+    ("found-numel", ALL, _put("found_inf", torch.zeros(2)), "found_inf must be one float32 on cpu, got 2 x"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "op, change, message",
+    [pytest.param(op, change, message, id=f"{op}-{name}") for name, over, change, message in BAD for op in over],
+)
+def test_updates_refuse_and_change_nothing(op, change, message):
+    given = arguments()
+    change(given)
+    tensors = [t for t in tensors_of(given) if t.device.type == "cpu"]
+    before = snapshot(tensors)
+    with pytest.raises((RuntimeError, TypeError, ValueError), match=message):
+        getattr(ops, op)(*positional(op, given))
+    assert unchanged(before, tensors)
+
+
+META = torch.zeros(3, device="meta")
+ZEROS = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    "params, changed, message",
+    [
+        ([ZEROS, META], {}, r"params\[1\] must have the list's device cpu, got meta"),
+        ([ZEROS.int()], {}, r"params\[0\] must have dtype float32, bfloat16 or float16, got torch.int32"),
+        ([ZEROS], {"grads": [META]}, r"params\[0\] must have device cpu, got meta"),
+        ([ZEROS], {"exp_avgs": [META]}, "state 0: exp_avg must have .*device cpu.* got .* meta"),
+        ([ZEROS], {"grad_norm": META.sum()}, "grad_norm must be one float32 on cpu, got .* meta"),
+    ],
+    ids=["mixed-devices", "integers", "grad-device", "state-device", "norm-device"],
+)
+def test_check_update_refuses_devices_and_dtypes(params, changed, message):
+    """Called directly: a list with a meta tensor would be dispatched to the fake."""
+    lists = {name: changed.get(name, params) for name in ("grads", "exp_avgs", "exp_avg_sqs")}
+    steps = [torch.zeros((), device=p.device) for p in params]
+    hyper = torch.tensor([hyper_row()] * len(params), dtype=torch.float64)
+    with pytest.raises((RuntimeError, TypeError), match=message):
+        checks.check_update(params, *lists.values(), steps, hyper, {"lrs": (), **changed})
+
+
+CPU = torch.device("cpu")
+SCORES = torch.zeros(4, 6)
+
+
+@pytest.mark.parametrize(
+    "op, args, message",
+    [
+        ("square_accumulate_", ([SCORES], [], 1.0), "grads must have 1 entries, got 0"),
+        ("square_accumulate_", ([SCORES.double()], [SCORES], 1.0), r"accumulators\[0\] must .*float32.* got .*float64"),
+        ("square_accumulate_", ([SCORES], [SCORES.t()], 1.0), r"grads\[0\] must be a contiguous"),
+        ("square_accumulate_", ([SCORES], [SCORES.view(6, 4)], 1.0), r"accumulators\[0\] must have shape \(6, 4\)"),
+        ("square_accumulate_", ([SCORES], [SCORES.int()], 1.0), r"grads\[0\] must be .* got torch.int32"),
+        ("bernoulli_bits", (-1, 0, 1, 0.5, 0, 0, CPU), "numel and offset must be .* got -1 and 0"),
+        ("bernoulli_bits", (8, 0, 1, 0.5, 0, 2, CPU), "offset a multiple of 4, got 8 and 2"),
+        ("bernoulli_bits", (8, 0, 1, 0.5, 0, -4, CPU), "offset must be at least 0 .* got 8 and -4"),
+        ("bernoulli_bits", (8, 0, 0, 0.5, 0, 0, CPU), r"step must be in \[1, 2\*\*32\), got 0"),
+        ("bernoulli_bits", (8, 0, 2**32, 0.5, 0, 0, CPU), r"step must be in \[1, 2\*\*32\), got 4294967296"),
+        ("bernoulli_bits", (8, 0, 1, 0.0, 0, 0, CPU), r"p must be in \[2\*\*-32, 1\], got 0"),
+        ("bernoulli_bits", (8, 0, 1, 1.01, 0, 0, CPU), r"p must be in \[2\*\*-32, 1\], got 1.01"),
+        ("bernoulli_bits", (8, 0, 1, math.nan, 0, 0, CPU), r"p must be in \[2\*\*-32, 1\], got nan"),
+        ("bernoulli_bits", (8, 0, 1, 0.5, -1, 0, CPU), r"domain must be in \[0, 2\*\*32\), got -1"),
+        ("threshold_bits", (SCORES.double(), 0.5), "scores must be contiguous .* got torch.float64"),
+        ("threshold_bits", (SCORES.t(), 0.5), r"scores must be contiguous .* got .*strides \(1, 6\)"),
+        ("popcount_bits", (SCORES.long(),), "words must be contiguous int32, got torch.int64"),
+        ("popcount_bits", (SCORES.int().t(),), r"words must be contiguous int32, got .*strides \(1, 6\)"),
+    ],
+)
+def test_other_ops_refuse(op, args, message):
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        getattr(ops, op)(*args)
+
+
+def test_implementations_are_named_and_never_replaced():
+    assert ops.implementation("reference", "cpu").name == "reference"
+    assert ops.implementation("auto", "cpu").name == ("reference" if ops.unavailable("csrc", "cpu") else "csrc")
+    with pytest.raises(ValueError, match=r"impl must be one of \('auto', .*got 'cuda'"):
+        ops.implementation("cuda", "cpu")
+    for name in ("csrc", "triton"):
+        if reason := ops.unavailable(name, "mps"):
+            with pytest.raises(RuntimeError, match=f"impl='{name}' is not available for mps tensors: "):
+                ops.implementation(name, "mps")
+            assert reason

@@ -1,0 +1,86 @@
+"""The README's code runs, in the order D needs, and its table is that of the committed result file."""
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from childtune_kernels.cli import demo
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+class Model(nn.Module):
+    """Has layers and a head, as the README's code expects."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(x).relu())
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Two threads on a busy machine can cost models this small many times one thread's time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def names() -> dict:
+    """What the README calls yours."""
+    batches = [(torch.randn(4, 8), torch.randint(3, (4,))) for _ in range(5)]
+    return {"model": Model(), "batches": batches, "loss_function": nn.functional.cross_entropy}
+
+
+def _blocks() -> dict[str, str]:
+    f, d, scores = BLOCKS
+    return {"F": f, "D": d, "scores": scores}
+
+
+def test_f_runs(names):
+    before = names["model"].layer.weight.detach().clone()
+    exec(_blocks()["F"], names)
+    assert not torch.equal(before, names["model"].layer.weight)
+    assert 0 < names["optimizer"].mask_at(1, "layer.weight").double().mean() < 1
+
+
+def test_d_runs_and_leaves_the_rest_alone(names, capsys):
+    exec(_blocks()["scores"], names)
+    model = names["model"]
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    exec(_blocks()["D"], names)
+    assert names["mask"].density() == pytest.approx(0.3, abs=0.01)
+    for name in names["mask"]:
+        child = names["mask"].to_dense(name)
+        assert torch.equal(model.get_parameter(name)[~child], before[name][~child])
+        assert not torch.equal(model.get_parameter(name)[child], before[name][child])
+    assert not torch.equal(model.head.weight, before["head.weight"])
+    assert "D: 2 tensors masked" in capsys.readouterr().out
+
+
+def test_quickstart_runs(capsys):
+    runpy.run_path(str(ROOT / "examples/quickstart.py"), run_name="__main__")
+    assert "550 of the hidden layers' 5,504 weights have moved" in capsys.readouterr().out
+
+
+def test_demo_table_is_the_committed_result():
+    shown = re.search(r"<!-- demo:begin -->\n(.*?)\n<!-- demo:end -->", README, re.DOTALL)[1]
+    results = json.loads((ROOT / "benchmarks/results/demo_cpu.json").read_text())
+    assert shown == "\n".join([*demo.table(results), "", *demo.conclusions(results)])
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target

@@ -1,0 +1,118 @@
+"""The Triton kernels compiled, without a GPU, for three generations of them: what the machine code must look like."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter and the compiler cannot share a process", allow_module_level=True)
+
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from childtune_kernels.ops import triton_adamw, triton_bitmask, triton_fisher  # noqa: E402
+
+FP32, BF16, FP16 = tl.float32, tl.bfloat16, tl.float16
+RULES = {"plain": 0, "bernoulli": 1, "child": 2, "child-decay-all": 3}
+LAYOUT = {"table": "*i64", "first_block": "*i32", "coarse": "*i32", "coarse_shift": "i32", "first_row": "i32", "n": "i32"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+BUDGET = 72  # registers a thread, measured: up to here the updates reach the copy bandwidth
+
+
+def build(kernel, signature, constants, capability, num_warps, tmp_path):
+    """Compile a kernel; return its PTX and its resource usage."""
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={name: signature.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={},
+    )
+    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    report = subprocess.run([CUOBJDUMP, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report.stdout)
+    return compiled.asm["ptx"], dict(zip(("registers", "stack", "local"), map(int, found.groups()), strict=True))
+
+
+def assert_ieee(ptx):
+    """No fused multiply-add and no approximation: the bit contract, read off the machine code."""
+    assert not re.search(r"\bfma\.|\.approx|div\.full|\.ftz", ptx)
+
+
+def assert_no_spills(usage, budget):
+    assert (usage["stack"], usage["local"]) == (0, 0)
+    assert usage["registers"] <= budget
+
+
+# every combination of dtypes on one architecture, two of them on the others: the code differs by dtype, not by pairs
+@pytest.mark.parametrize(
+    "capability, param, state",
+    [(90, FP32, FP32), (90, BF16, FP32), (90, FP16, FP32), (90, BF16, BF16), (90, FP32, BF16)]
+    + [(c, p, FP32) for c in (80, 100) for p in (FP32, BF16)],
+    ids=lambda x: f"sm_{x}" if isinstance(x, int) else str(x),
+)
+@pytest.mark.parametrize("rule", RULES)
+def test_update(rule, capability, param, state, tmp_path):
+    block, part, num_warps = triton_adamw._SIZES[RULES[rule]]
+    constants = dict(RULE=RULES[rule], PARAM_DTYPE=param, STATE_DTYPE=state, INTERPRET=False, BLOCK=block, PART=part, SCALAR_PART=32 * num_warps)
+    signature = {**LAYOUT, "scalars": "*i32"}
+    ptx, usage = build(triton_adamw._update_kernel, signature, constants, capability, num_warps, tmp_path)
+    assert_ieee(ptx)
+    assert_no_spills(usage, BUDGET)
+    widths = {"v4" if dtype == FP32 else "v2" for dtype in (param, state)}  # 4 elements: 16 bytes, or 8
+    for width in widths:
+        assert re.search(rf"ld\.global\.{width}\.b32", ptx)
+        assert re.search(rf"st\.global\.{width}\.b32", ptx)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("scaler", [False, True], ids=["plain", "scaler"])
+def test_begin(capability, scaler, tmp_path):
+    signature = {"table": "*i64", "scalars": "*i32", "n": "i32"}
+    scalars = dict.fromkeys(("grad_scale", "found_inf", "grad_norm"), "*fp32" if scaler else "constexpr")
+    constants = dict(HAS_LRS=scaler, BLOCK=128) | ({} if scaler else dict.fromkeys(scalars))
+    ptx, usage = build(triton_adamw._begin_kernel, signature | scalars, constants, capability, 4, tmp_path)
+    assert_ieee(ptx)
+    assert "div.rn.f64" in ptx and "sqrt.rn.f64" in ptx
+    assert_no_spills(usage, 128)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("grad", [FP32, BF16], ids=str)
+def test_square_accumulate(capability, grad, tmp_path):
+    constants = dict(GRAD_DTYPE=grad, INTERPRET=False, BLOCK=triton_fisher._BLOCK)
+    signature = {**LAYOUT, "scale": "fp32"}
+    ptx, usage = build(triton_fisher._square_accumulate_kernel, signature, constants, capability, 4, tmp_path)
+    assert_ieee(ptx)
+    assert_no_spills(usage, BUDGET)
+    assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_bitmask(capability, tmp_path):
+    block = {"BLOCK": triton_bitmask._BLOCK}
+    numbers = {"numel": "i64", "key": "i64", "step": "i32", "last_kept": "i32", "domain": "i32", "offset": "i64"}
+    kernels = (
+        (triton_bitmask._bernoulli_bits_kernel, {"words": "*i32", **numbers}, block),
+        (
+            triton_bitmask._threshold_bits_kernel,
+            {"scores": "*fp32", "words": "*i32", "numel": "i64", "threshold": "fp32"},
+            {"INTERPRET": False, **block},
+        ),
+        (triton_bitmask._popcount_kernel, {"words": "*i32", "count": "*i64", "n_words": "i64"}, block),
+    )
+    for kernel, signature, constants in kernels:
+        ptx, usage = build(kernel, signature, constants, capability, 4, tmp_path)
+        assert_no_spills(usage, 255)
+    assert "popc.b32" in ptx
