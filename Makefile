@@ -14,8 +14,11 @@ BUILT_FROM := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 demo: $(VENV)/.demo
 	$(BIN)/childtune demo $(ARGS)
 
+# The second run takes the Triton kernels through their interpreter, on a CPU: the sources that a GPU runs, slowly.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/test_ops.py tests/test_philox.py \
+		-k "triton-cpu and not accuracy and not scaling" $(INTERPRETED_ARGS)
 
 bench: $(VENV)/.demo
 	$(BIN)/childtune bench $(ARGS)

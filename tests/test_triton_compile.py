@@ -21,7 +21,14 @@ from childtune_kernels.ops import triton_adamw, triton_bitmask, triton_fisher  #
 
 FP32, BF16, FP16 = tl.float32, tl.bfloat16, tl.float16
 RULES = {"plain": 0, "bernoulli": 1, "child": 2, "child-decay-all": 3}
-LAYOUT = {"table": "*i64", "first_block": "*i32", "coarse": "*i32", "coarse_shift": "i32", "first_row": "i32", "n": "i32"}
+LAYOUT = {
+    "table": "*i64",
+    "first_block": "*i32",
+    "coarse": "*i32",
+    "coarse_shift": "i32",
+    "first_row": "i32",
+    "n": "i32",
+}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 BUDGET = 72  # registers a thread, measured: up to here the updates reach the copy bandwidth
@@ -65,7 +72,15 @@ def assert_no_spills(usage, budget):
 @pytest.mark.parametrize("rule", RULES)
 def test_update(rule, capability, param, state, tmp_path):
     block, part, num_warps = triton_adamw._SIZES[RULES[rule]]
-    constants = dict(RULE=RULES[rule], PARAM_DTYPE=param, STATE_DTYPE=state, INTERPRET=False, BLOCK=block, PART=part, SCALAR_PART=32 * num_warps)
+    constants = dict(
+        RULE=RULES[rule],
+        PARAM_DTYPE=param,
+        STATE_DTYPE=state,
+        INTERPRET=False,
+        BLOCK=block,
+        PART=part,
+        SCALAR_PART=32 * num_warps,
+    )
     signature = {**LAYOUT, "scalars": "*i32"}
     ptx, usage = build(triton_adamw._update_kernel, signature, constants, capability, num_warps, tmp_path)
     assert_ieee(ptx)

@@ -58,7 +58,7 @@ def _begin_kernel(table, scalars, n, grad_scale, found_inf, grad_norm, HAS_LRS: 
 
     apply = own
     if found_inf is not None:
-        apply = own & (tl.load(found_inf) == 0.0)
+        apply = own & (tl.load(found_inf + 0 * i) == 0.0)  # a lane each: the interpreter cannot spread a bool
     step_ptr = tl.load(table + _STEP * n + i, mask=own, other=0).to(tl.pointer_type(tl.float32))
     step = tl.load(step_ptr, mask=own, other=0.0) + 1.0
     tl.store(step_ptr, step, mask=apply)
