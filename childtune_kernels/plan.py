@@ -205,7 +205,8 @@ class _Batch:
     def launch(self, optimizer, scaling: tuple[Tensor | None, ...]) -> None:
         params = self.params if self.contiguous else [p.contiguous() for p in self.params]
         lists = (params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, self.hyper)
-        scaling = [None if x is None else x.to(self.device, torch.float32, non_blocking=True) for x in scaling]
+        ahead = self.device.type == "cuda"  # a copy to the CPU must be waited for before it is read
+        scaling = [None if x is None else x.to(self.device, torch.float32, non_blocking=ahead) for x in scaling]
         if self.mask_words is not None:
             self.kernels.adamw_masked_(*lists, self.mask_words, optimizer.decay == "all", self.lrs, *scaling)
         elif self.random:

@@ -128,25 +128,37 @@ def is_bitwise_reference(impl: str, device: torch.device, dtype: torch.dtype) ->
     return True
 
 
-def table(report: dict) -> str:
-    """Return the report as a text table: medians over rounds, and the spread of the rounds' medians."""
+def summary(report: dict) -> dict[str, dict]:
+    """Return, for each row, medians over the rounds, the least and most round, and the share of copy bandwidth."""
     bandwidth = statistics.median(report["copy_bandwidth"])
+    rows = {}
+    for name, rounds in report["rows"].items():
+        row = {
+            k: statistics.median(r[k] for r in rounds) for k in ("step", "host", "device", "bytes") if k in rounds[0]
+        }
+        row["least"], row["most"] = min(r["step"] for r in rounds), max(r["step"] for r in rounds)
+        row["launches"] = rounds[0]["launches"]
+        if "bytes" in row:
+            row["share"] = row["bytes"] / (row.get("device", row["step"]) / 1e3) / bandwidth
+        rows[name] = row
+    return rows
+
+
+def table(report: dict) -> str:
+    """Return the report as a text table."""
     where = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
+    bandwidth = statistics.median(report["copy_bandwidth"]) / 1e9
     lines = [
-        f"{report['model']}: {report['tensors']} tensors, {report['parameters'] / 1e6:.1f} M parameters, {report['dtype']}",
-        f"{where}; copy bandwidth {bandwidth / 1e9:.0f} GB/s; {len(report['copy_bandwidth'])} rounds",
+        f"{report['model']}: {report['tensors']} tensors, {report['parameters'] / 1e6:.1f} M weights, {report['dtype']}",
+        f"{where}; copy bandwidth {bandwidth:.0f} GB/s; {len(report['copy_bandwidth'])} rounds",
         f"{'':36} {'step ms':>9} {'spread':>15} {'host ms':>8} {'device ms':>9} {'of copy':>7} {'launches':>8}",
     ]
-    for name, rounds in report["rows"].items():
-        step = [r["step"] for r in rounds]
-        middle = {
-            key: statistics.median(r[key] for r in rounds) for key in ("host", "device", "bytes") if key in rounds[0]
-        }
-        busy = middle.get("device", statistics.median(step))
-        share = f"{middle['bytes'] / (busy / 1e3) / bandwidth:7.3f}" if "bytes" in middle else f"{'':7}"
+    for name, row in summary(report).items():
+        spread = f"{row['least']:7.3f}-{row['most']:7.3f}"
+        host, device = row.get("host", math.nan), row.get("device", math.nan)
+        share = f"{row['share']:7.3f}" if "share" in row else " " * 7
         lines.append(
-            f"{name:36} {statistics.median(step):9.3f} {min(step):7.3f}-{max(step):7.3f} {middle.get('host', math.nan):8.3f} "
-            f"{middle.get('device', math.nan):9.3f} {share} {rounds[0]['launches'] or '':>8}"
+            f"{name:36} {row['step']:9.3f} {spread} {host:8.3f} {device:9.3f} {share} {row['launches'] or '':>8}"
         )
     return "\n".join(lines)
 

@@ -20,7 +20,9 @@ from types import SimpleNamespace
 import torch
 
 from . import checks, csrc, reference
-from .reference import HYPER_COLUMNS, pack_bits, unpack_bits
+from .reference import HYPER_COLUMNS as HYPER_COLUMNS
+from .reference import pack_bits as pack_bits
+from .reference import unpack_bits as unpack_bits
 
 _UPDATE = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "

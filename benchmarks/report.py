@@ -1,0 +1,90 @@
+"""Writes README's table and plot of step times from the result files: `python benchmarks/report.py`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from childtune_kernels.cli.bench import summary
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+FILES = (
+    "h200-bert-large-float32",
+    "h200-bert-large-bfloat16",
+    "h200-bert-large-float32-group-each",
+    "amd-epyc-2-threads-bert-small-float32",
+    "amd-epyc-2-threads-bert-small-bfloat16",
+)
+PLOT = RESULTS / "step.png"
+COLOURS = {"ours": "#1b6ca8", "torch": "#9a9a9a", "released": "#d0743c", "bernoulli": "#d0743c"}
+
+
+def load(name: str) -> dict:
+    """Read one result file."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def section(name: str) -> str:
+    """Return one result file as a Markdown table with its conditions above."""
+    report = load(name)
+    machine = report["machine"]
+    where = [machine["device"], f"torch {machine['torch']}", f"Triton {machine['triton']}"]
+    where += [f"driver {machine['driver']}"] if "driver" in machine else [f"{machine['threads']} threads"]
+    rows = summary(report)
+    baseline = rows["torch AdamW fused"]["step"]
+    lines = [
+        f"**{report['model']}, {report['dtype']}**: {report['tensors']} tensors, {report['parameters'] / 1e6:.0f} M weights, "
+        f"parameter groups: {report['groups']}. {', '.join(where)}. {len(report['copy_bandwidth'])} rounds.",
+        "",
+        "| | step, ms (rounds) | against torch fused | host, ms | device, ms | of copy bandwidth | launches |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for label, row in rows.items():
+        numbers = [f"{row[key]:.2f}" if key in row else "" for key in ("host", "device")]
+        share = f"{row['share']:.3f}" if "share" in row else ""
+        lines.append(
+            f"| {label} | {row['step']:.2f} ({row['least']:.2f} .. {row['most']:.2f}) | {row['step'] / baseline:.2f} | "
+            f"{numbers[0]} | {numbers[1]} | {share} | {row['launches'] or ''} |"
+        )
+    return "\n".join(lines)
+
+
+def plot() -> None:
+    """Draw the step times of the two GPU files, rounds as whiskers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axis, name in zip(axes, FILES[:2], strict=True):
+        report = load(name)
+        rows = summary(report)
+        labels = list(rows)[::-1]
+        steps = [rows[label]["step"] for label in labels]
+        whiskers = [
+            [rows[k]["step"] - rows[k]["least"] for k in labels],
+            [rows[k]["most"] - rows[k]["step"] for k in labels],
+        ]
+        axis.barh(labels, steps, xerr=whiskers, color=[COLOURS[label.split()[0]] for label in labels])
+        axis.set_xscale("log")
+        axis.set_xlabel("ms a step, host included (log scale)")
+        axis.set_title(f"{report['model']}, {report['dtype']}, {report['machine']['device']}", fontsize=10)
+    figure.savefig(PLOT, dpi=110)
+
+
+def write_readme() -> None:
+    """Put the tables between README's markers."""
+    body = "\n\n".join(section(name) for name in FILES if (RESULTS / f"{name}.json").exists())
+    readme = ROOT / "README.md"
+    block = f"<!-- bench:begin -->\n{body}\n<!-- bench:end -->"
+    readme.write_text(
+        re.sub(r"<!-- bench:begin -->.*<!-- bench:end -->", lambda _: block, readme.read_text(), flags=re.S)
+    )
+
+
+if __name__ == "__main__":
+    plot()
+    write_readme()
