@@ -1,4 +1,4 @@
-"""Writes README's table and plot of step times from the result files: `python benchmarks/report.py`."""
+"""Writes README's plots and its tables of step times from the result files: `python benchmarks/report.py`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+from childtune_kernels.cli import demo
 from childtune_kernels.cli.bench import summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,8 +36,9 @@ def section(name: str) -> str:
     rows = summary(report)
     baseline = rows["torch AdamW fused"]["step"]
     lines = [
-        f"**{report['model']}, {report['dtype']}**: {report['tensors']} tensors, {report['parameters'] / 1e6:.0f} M weights, "
-        f"parameter groups: {report['groups']}. {', '.join(where)}. {len(report['copy_bandwidth'])} rounds.",
+        f"**{report['model']}, {report['dtype']}**: {report['tensors']} tensors, "
+        f"{report['parameters'] / 1e6:.0f} M weights, parameter groups: {report['groups']}. {', '.join(where)}. "
+        f"{len(report['copy_bandwidth'])} rounds, commit {report['commit']}.",
         "",
         "| | step, ms (rounds) | against torch fused | host, ms | device, ms | of copy bandwidth | launches |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -70,6 +72,9 @@ def plot() -> None:
         ]
         axis.barh(labels, steps, xerr=whiskers, color=[COLOURS[label.split()[0]] for label in labels])
         axis.set_xscale("log")
+        axis.set_xlim(left=1)
+        for i, step in enumerate(steps):
+            axis.text(1.05, i, f"{step:.2f}", va="center", fontsize=8, color="white")
         axis.set_xlabel("ms a step, host included (log scale)")
         axis.set_title(f"{report['model']}, {report['dtype']}, {report['machine']['device']}", fontsize=10)
     figure.savefig(PLOT, dpi=110)
@@ -87,4 +92,5 @@ def write_readme() -> None:
 
 if __name__ == "__main__":
     plot()
+    demo.plot(load("demo_cpu"), RESULTS / "demo_cpu.png")
     write_readme()

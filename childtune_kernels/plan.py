@@ -140,7 +140,8 @@ class _Batch:
             none = torch.empty(0, dtype=torch.int32, device=device)  # no words: the whole tensor is in the child
             mask = optimizer.mask
             self.mask_words = Fixed(mask.words(n).to(device) if n in mask else none for n in self.names)
-        self.settings: tuple | None = None
+        self.rows: list | None = None
+        self.seeds: list | None = None
         self.take_settings(optimizer)
 
     def take_settings(self, optimizer) -> None:
@@ -148,8 +149,7 @@ class _Batch:
         groups = optimizer.param_groups
         try:
             rows = [hyper_row(group, optimizer.dialect, optimizer.max_grad_norm) for group in groups]
-            settings = (rows, [group["seed"] for group in groups])
-            table = None if settings == self.settings else torch.tensor(rows, dtype=torch.float64)
+            table = None if rows == self.rows else torch.tensor(rows, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError):
             for group in groups:
                 check_group(group)  # says which one it is, and what is wrong with it
@@ -163,9 +163,12 @@ class _Batch:
             self.random = bool((p < 1).any())
             both = self.random and self.mask_words is not None
             require("reserve_p", p.tolist(), not both, "1 where a mask is given: F or D, not both")
-            seeds = [groups[g]["seed"] for g in self.group_of]
-            self.keys = Fixed(philox.stream_key(seed, name) for seed, name in zip(seeds, self.names, strict=True))
-            self.settings = settings
+            self.rows = rows
+        seeds = [group["seed"] for group in groups]
+        if seeds != self.seeds:
+            own = zip(self.group_of, self.names, strict=True)
+            self.keys = Fixed(philox.stream_key(seeds[g], name) for g, name in own)
+            self.seeds = seeds
         self.lrs = []
         if any([isinstance(g["lr"], Tensor) and g["lr"].is_cuda for g in groups]):
             lrs = [_scalar_on(self.device, group["lr"]) for group in groups]

@@ -71,7 +71,7 @@ def assert_no_spills(usage, budget):
 )
 @pytest.mark.parametrize("rule", RULES)
 def test_update(rule, capability, param, state, tmp_path):
-    block, part, num_warps = triton_adamw._SIZES[RULES[rule]]
+    block, part, scalar_part, num_warps = triton_adamw._SIZES[RULES[rule]]
     constants = dict(
         RULE=RULES[rule],
         PARAM_DTYPE=param,
@@ -79,7 +79,7 @@ def test_update(rule, capability, param, state, tmp_path):
         INTERPRET=False,
         BLOCK=block,
         PART=part,
-        SCALAR_PART=32 * num_warps,
+        SCALAR_PART=scalar_part,
     )
     signature = {**LAYOUT, "scalars": "*i32"}
     ptx, usage = build(triton_adamw._update_kernel, signature, constants, capability, num_warps, tmp_path)

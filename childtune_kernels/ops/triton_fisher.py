@@ -1,4 +1,4 @@
-"""The squared-gradient accumulator: one term of the empirical Fisher information (Eq. 10), one launch for all tensors."""
+"""The squared-gradient accumulator: one term of the empirical Fisher information (Eq. 10), in one launch."""
 
 from __future__ import annotations
 
