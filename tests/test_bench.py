@@ -1,0 +1,67 @@
+"""The benchmark command: what it records, when it refuses, and that README's tables are those of the files."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from childtune_kernels import ops
+from childtune_kernels.cli import _shapes, bench, main
+
+ROOT = Path(__file__).resolve().parent.parent
+CALL = ["bench", "--device", "cpu", "--model", "bert-layer", "--rounds", "2", "--repeats", "2"]
+
+
+def test_a_run_records_where_what_and_the_spread(tmp_path):
+    path = tmp_path / "results" / "run.json"
+    assert main([*CALL, "--only", "ours", "torch AdamW fused", "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert report["parameters"] == sum(torch.Size(shape).numel() for shape in _shapes.bert_layer())
+    assert {"torch", "triton", "device", "python"} <= report["machine"].keys()
+    assert len(report["copy_bandwidth"]) == 2
+    best = next(impl for impl in ("csrc", "reference") if ops.unavailable(impl, "cpu") is None)
+    assert list(report["rows"]) == [
+        "torch AdamW fused",
+        *(f"ours ({best}), {rule}" for rule in ("no mask", "F p=0.3", "D p=0.1")),
+    ]
+    for name, row in bench.summary(report).items():
+        assert 0 < row["least"] <= row["step"] <= row["most"]
+        assert ("bytes" in row) == ("D p=" not in name)
+        if "bytes" in row:
+            assert row["bytes"] == 28 * report["parameters"]
+            assert row["share"] == pytest.approx(
+                row["bytes"] / row["step"] * 1e3 / (sum(report["copy_bandwidth"]) / 2), rel=1e-12
+            )
+
+
+def test_an_implementation_that_differs_is_refused(monkeypatch, capsys):
+    honest = ops.implementation("reference", "cpu").adamw_bernoulli_
+
+    def forgets_its_last_tensor(*lists):
+        *lists, lrs, grad_scale, found_inf, grad_norm = lists
+        cut = [values[:-1] for values in lists]
+        honest(*cut, lrs, grad_scale, found_inf, grad_norm)
+
+    broken = type(ops.implementation("reference", "cpu"))(
+        **{**vars(ops.implementation("reference", "cpu")), "adamw_bernoulli_": forgets_its_last_tensor}
+    )
+    original = ops.implementation
+    monkeypatch.setattr(ops, "implementation", lambda n, d: broken if n == "csrc" else original(n, d))
+    assert not bench.is_bitwise_reference("csrc", torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(bench, "is_bitwise_reference", lambda *a: False)
+    assert main([*CALL, "--only", "ours", "--impl", "reference"]) == 1
+    printed = capsys.readouterr().out
+    assert "refused: reference" in printed and "ours (" not in printed
+
+
+def test_readme_shows_the_committed_results():
+    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    readme = (ROOT / "README.md").read_text()
+    for name in report.FILES:
+        assert report.section(name) in readme
