@@ -17,7 +17,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from childtune_kernels.ops import triton_adamw, triton_bitmask, triton_fisher  # noqa: E402
+from childtune_kernels.ops import triton_adamw, triton_bitmask, triton_fisher, triton_scalars  # noqa: E402
 
 FP32, BF16, FP16 = tl.float32, tl.bfloat16, tl.float16
 RULES = {"plain": 0, "bernoulli": 1, "child": 2, "child-decay-all": 3}
@@ -97,7 +97,7 @@ def test_begin(capability, scaler, tmp_path):
     signature = {"table": "*i64", "scalars": "*i32", "n": "i32"}
     scalars = dict.fromkeys(("grad_scale", "found_inf", "grad_norm"), "*fp32" if scaler else "constexpr")
     constants = dict(HAS_LRS=scaler, BLOCK=128) | ({} if scaler else dict.fromkeys(scalars))
-    ptx, usage = build(triton_adamw._begin_kernel, signature | scalars, constants, capability, 4, tmp_path)
+    ptx, usage = build(triton_scalars.begin_kernel, signature | scalars, constants, capability, 4, tmp_path)
     assert_ieee(ptx)
     assert "div.rn.f64" in ptx and "sqrt.rn.f64" in ptx
     assert_no_spills(usage, 128)

@@ -25,107 +25,31 @@ from .triton_launch import (
     widened,
 )
 from .triton_philox import keep_bits
+from .triton_scalars import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    EXTRA,
+    GRAD,
+    NUMEL,
+    PARAM,
+    SCALARS,
+    begin_kernel,
+    scalar,
+)
 
-# Fields of the table, then the columns of `hyper`; field f of parameter i is at f * n + i.
-_PARAM, _GRAD, _EXP_AVG, _EXP_AVG_SQ, _STEP, _LR, _EXTRA, _NUMEL, _HYPER = map(tl.constexpr, range(9))
-_SCALARS = tl.constexpr(16)  # 32-bit words a parameter in the table of derived scalars: one 64-byte line
-_STEP_BITS = tl.constexpr(24)
 # What a launch does with its gradients: one kernel, since these differ in a few lines of it.
 _PLAIN, _BERNOULLI, _CHILD, _CHILD_DECAY_ALL = map(tl.constexpr, range(4))
-
-
-@triton.jit(do_not_specialize=["n"])
-def _begin_kernel(table, scalars, n, grad_scale, found_inf, grad_norm, HAS_LRS: tl.constexpr, BLOCK: tl.constexpr):
-    """Advance the step counters and derive every parameter's scalars, in fp64; one lane a parameter.
-
-    grid: (ceil(n / BLOCK),)
-    """
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    own = i < n
-    hyper = table + _HYPER * n + i
-    lr = _fp64(hyper, 0, n, own)
-    beta1 = _fp64(hyper, 1, n, own)
-    beta2 = _fp64(hyper, 2, n, own)
-    eps = _fp64(hyper, 3, n, own)
-    weight_decay = _fp64(hyper, 4, n, own)
-    p = _fp64(hyper, 5, n, own)
-    sign = _fp64(hyper, 6, n, own)
-    hf = _fp64(hyper, 7, n, own) != 0
-    max_grad_norm = _fp64(hyper, 8, n, own)
-    if HAS_LRS:
-        lr_ptr = tl.load(table + _LR * n + i, mask=own, other=0).to(tl.pointer_type(tl.float32))
-        lr = tl.load(lr_ptr, mask=own, other=0.0).to(tl.float64)
-
-    apply = own
-    if found_inf is not None:
-        apply = own & (tl.load(found_inf + 0 * i) == 0.0)  # a lane each: the interpreter cannot spread a bool
-    step_ptr = tl.load(table + _STEP * n + i, mask=own, other=0).to(tl.pointer_type(tl.float32))
-    step = tl.load(step_ptr, mask=own, other=0.0) + 1.0
-    tl.store(step_ptr, step, mask=apply)
-    t = step.to(tl.int64)
-
-    one = tl.full([BLOCK], 1.0, tl.float64)
-    scale = one
-    if grad_scale is not None:
-        scale = tl.load(grad_scale).to(tl.float64) * one
-    clip = one
-    if grad_norm is not None:
-        clip = max_grad_norm / (tl.load(grad_norm).to(tl.float64) / scale + 1e-6)
-        clip = tl.where(clip >= one, one, clip)
-    power1, power2 = one, one
-    base1, base2 = beta1, beta2
-    for bit in tl.static_range(_STEP_BITS):
-        odd = ((t >> bit) & 1) == 1
-        power1 = tl.where(odd, power1 * base1, power1)
-        power2 = tl.where(odd, power2 * base2, power2)
-        base1 = base1 * base1
-        base2 = base2 * base2
-    sqrt_correction2 = tl.sqrt(one - power2)
-    shrink = 0.0 - lr * weight_decay
-    step_size = lr / (one - power1)
-    last_kept = (p * 4294967296.0).to(tl.int64) - 1
-
-    row = scalars + i * _SCALARS
-    _put(row, 0, sign * clip / scale, own)
-    _put(row, 1, one / p, own)
-    _put(row, 2, beta1, own)
-    _put(row, 3, one - beta1, own)
-    _put(row, 4, beta2, own)
-    _put(row, 5, one - beta2, own)
-    _put(row, 6, eps, own)
-    _put(row, 7, tl.where(hf, step_size * sqrt_correction2, step_size), own)
-    _put(row, 8, tl.where(hf, one, one / sqrt_correction2), own)
-    _put(row, 9, tl.where(hf, 0.0 * one, shrink), own)
-    _put(row, 10, tl.where(hf, shrink, 0.0 * one), own)
-    tl.store(row + 11, t.to(tl.int32), mask=own)
-    tl.store(row + 12, last_kept.to(tl.int32), mask=own)
-    tl.store(row + 13, tl.where(apply, 1, 0), mask=own)
-
-
-@triton.jit
-def _fp64(hyper, COLUMN: tl.constexpr, n, own):
-    return tl.load(hyper + COLUMN * n, mask=own, other=1).to(tl.float64, bitcast=True)
-
-
-@triton.jit
-def _put(row, COLUMN: tl.constexpr, value, own):
-    tl.store(row + COLUMN, value.to(tl.float32).to(tl.int32, bitcast=True), mask=own)
-
-
-@triton.jit
-def _scalar(row, COLUMN: tl.constexpr):
-    return tl.load(row + COLUMN).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _advance(param, g, exp_avg, exp_avg_sq, row):
     """Return the new fp32 (param, exp_avg, exp_avg_sq): the one Triton statement of the formula."""
-    exp_avg = _scalar(row, 2) * exp_avg + _scalar(row, 3) * g  # Alg. 1, line 8
-    exp_avg_sq = _scalar(row, 4) * exp_avg_sq + _scalar(row, 5) * (g * g)  # Alg. 1, line 9
-    param = param + _scalar(row, 9) * param
-    denominator = tl.sqrt_rn(exp_avg_sq) * _scalar(row, 8) + _scalar(row, 6)
-    param = param - _scalar(row, 7) * tl.div_rn(exp_avg, denominator)  # Alg. 1, lines 10-12
-    param = param + _scalar(row, 10) * param
+    exp_avg = scalar(row, 2) * exp_avg + scalar(row, 3) * g  # Alg. 1, line 8
+    exp_avg_sq = scalar(row, 4) * exp_avg_sq + scalar(row, 5) * (g * g)  # Alg. 1, line 9
+    param = param + scalar(row, 9) * param
+    denominator = tl.sqrt_rn(exp_avg_sq) * scalar(row, 8) + scalar(row, 6)
+    param = param - scalar(row, 7) * tl.div_rn(exp_avg, denominator)  # Alg. 1, lines 10-12
+    param = param + scalar(row, 10) * param
     return param, exp_avg, exp_avg_sq
 
 
@@ -158,7 +82,7 @@ def _dense_block(
     exp_avg = widened(tl.load(exp_avg_ptr, mask=inside), INTERPRET)
     exp_avg_sq = widened(tl.load(exp_avg_sq_ptr, mask=inside), INTERPRET)
 
-    g = grad * _scalar(row, 0)
+    g = grad * scalar(row, 0)
     if BERNOULLI:
         keep = keep_bits(
             start,
@@ -168,7 +92,7 @@ def _dense_block(
             0,
             BLOCK,
         )
-        g = tl.where(keep, g * _scalar(row, 1), 0.0)  # Eq. 4
+        g = tl.where(keep, g * scalar(row, 1), 0.0)  # Eq. 4
 
     param, exp_avg, exp_avg_sq = _advance(param, g, exp_avg, exp_avg_sq, row)
 
@@ -222,14 +146,14 @@ def _masked_block(
     old_exp_avg_sq = tl.load(exp_avg_sq_ptr, mask=touched)
 
     param = widened(old_param, INTERPRET)
-    g = widened(grad, INTERPRET) * _scalar(row, 0)
+    g = widened(grad, INTERPRET) * scalar(row, 0)
     new_param, exp_avg, exp_avg_sq = _advance(
         param, g, widened(old_exp_avg, INTERPRET), widened(old_exp_avg_sq, INTERPRET), row
     )
 
     if DECAY_ALL:  # as the released code: weights outside the child decay
-        param = param + _scalar(row, 9) * param
-        old_param = rounded(param + _scalar(row, 10) * param, PARAM_DTYPE, INTERPRET)
+        param = param + scalar(row, 9) * param
+        old_param = rounded(param + scalar(row, 10) * param, PARAM_DTYPE, INTERPRET)
     tl.store(param_ptr, tl.where(keep, rounded(new_param, PARAM_DTYPE, INTERPRET), old_param), mask=param_reach)
     tl.store(exp_avg_ptr, tl.where(keep, rounded(exp_avg, STATE_DTYPE, INTERPRET), old_exp_avg), mask=touched)
     tl.store(exp_avg_sq_ptr, tl.where(keep, rounded(exp_avg_sq, STATE_DTYPE, INTERPRET), old_exp_avg_sq), mask=touched)
@@ -289,18 +213,18 @@ def _update_kernel(
     grid: (total blocks,)
     """
     tensor, block = locate(first_block, coarse, coarse_shift)
-    row = scalars + (first_row + tensor) * _SCALARS
+    row = scalars + (first_row + tensor) * SCALARS
     field = table + first_row + tensor
     start = block * BLOCK
     # all loads that decide what follows stand together: each level of dependence costs a block's lifetime dear
     addresses = (
-        tl.load(field + _PARAM * n),
-        tl.load(field + _GRAD * n),
-        tl.load(field + _EXP_AVG * n),
-        tl.load(field + _EXP_AVG_SQ * n),
+        tl.load(field + PARAM * n),
+        tl.load(field + GRAD * n),
+        tl.load(field + EXP_AVG * n),
+        tl.load(field + EXP_AVG_SQ * n),
     )
-    extra = tl.load(field + _EXTRA * n)
-    numel = tl.load(field + _NUMEL * n)
+    extra = tl.load(field + EXTRA * n)
+    numel = tl.load(field + NUMEL * n)
     apply = tl.load(row + 13)  # 0 where the gradients overflowed: nothing is written
     aligned = (
         is_aligned(addresses[0], PARAM_DTYPE)
@@ -361,8 +285,8 @@ def _run(rule, lists, extra, lrs, grad_scale, found_inf, grad_norm) -> None:
         host = host[:, plan.order]
     with on_device(device):
         table = upload(host, device)
-        scalars = torch.empty(n * _SCALARS.value, dtype=torch.int32, device=device)
-        _begin_kernel[(triton.cdiv(n, 128),)](
+        scalars = torch.empty(n * SCALARS.value, dtype=torch.int32, device=device)
+        begin_kernel[(triton.cdiv(n, 128),)](
             table, scalars, n, grad_scale, found_inf, grad_norm, HAS_LRS=bool(lrs), BLOCK=128, **OPTIONS
         )
         for launch in plan.launches:
