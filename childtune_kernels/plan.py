@@ -151,14 +151,12 @@ class _Batch:
             rows = [hyper_row(group, optimizer.dialect, optimizer.max_grad_norm) for group in groups]
             table = None if rows == self.rows else torch.tensor(rows, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError):
-            for group in groups:
-                check_group(group)  # says which one it is, and what is wrong with it
+            _check_groups(groups)
             raise
         if table is not None:
-            p = table[:, 5]
+            p = table[:, ops.HYPER_COLUMNS.index("reserve_p")]
             if not ((table[:, :5] >= 0).all() and (table[:, 1:3] < 1).all() and ((p >= 2**-32) & (p <= 1)).all()):
-                for group in groups:
-                    check_group(group)  # says which one it is
+                _check_groups(groups)
             self.hyper = table[self.group_of]
             self.random = bool((p < 1).any())
             both = self.random and self.mask_words is not None
@@ -222,6 +220,12 @@ class _Batch:
                     param.copy_(updated)
         ops.mark_written(self.params)
         del self.grads  # a plan outlives the step; gradients must not
+
+
+def _check_groups(groups: list[dict[str, Any]]) -> None:
+    """Say which group's hyper-parameter is wrong, and how: what a look at all rows at once cannot."""
+    for group in groups:
+        check_group(group)
 
 
 def _scalar_on(device: torch.device, lr: float | Tensor) -> Tensor:

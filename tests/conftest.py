@@ -70,3 +70,12 @@ def dialect(request) -> str:
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """Run on one thread: on a busy machine small models and lists can wait at barriers for many times their work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

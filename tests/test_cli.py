@@ -11,6 +11,8 @@ from childtune_kernels import ops
 from childtune_kernels.cli import _digits, demo, doctor, main
 from childtune_kernels.cli._digits import METHODS, Protocol, VisionTransformer, child_network, load_task
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 QUICK = Protocol(pretrain_steps=5, steps=5, learning_rates=(1e-3, 1e-2), tuning_seeds=1, evaluations=2)
 
@@ -18,15 +20,6 @@ QUICK = Protocol(pretrain_steps=5, steps=5, learning_rates=(1e-3, 1e-2), tuning_
 @pytest.fixture(scope="module")
 def task():
     return load_task(QUICK, CPU)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Two threads on a busy machine can cost a model this small many times one thread's time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ import torch
 from childtune_kernels import philox
 from childtune_kernels.ops import csrc, implementation, reference, square_accumulate_, unavailable
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parent.parent
 REASON = unavailable("csrc", "cpu")
 if REASON and os.environ.get("CHILDTUNE_REQUIRE_CSRC") == "1":
@@ -25,15 +27,6 @@ SIZES = (0, 1, 3, 4, 5, 31, 32, 33, 0, 63, 64, 65, 1023, 1024, 1025, 35001, 0)  
 SHAPES = ((37, 113), *((size,) for size in SIZES))
 GUARD = 64  # sentinel elements on either side of a misaligned view
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Run on one thread, but for the test of several: waiting at barriers on a busy machine costs minutes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def offset_view(values: torch.Tensor, shift: int) -> torch.Tensor:

@@ -11,6 +11,8 @@ from torch import nn
 
 from childtune_kernels.cli import demo
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -26,15 +28,6 @@ class Model(nn.Module):
 
     def forward(self, x):
         return self.head(self.layer(x).relu())
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Two threads on a busy machine can cost models this small many times one thread's time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

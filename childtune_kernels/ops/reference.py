@@ -35,6 +35,7 @@ HYPER_COLUMNS = (
     "hf_dialect",  # 0 torch, 1 hf
     "max_grad_norm",  # inf: no clipping
 )
+_CHUNK = 1 << 20  # random elements drawn at a time: bounds the int64 temporaries to a few tens of MB
 STEP_BITS = 24  # an fp32 step counter is exact below 2**24
 
 
@@ -180,7 +181,7 @@ def adamw_bernoulli_(
     ps = hyper[:, HYPER_COLUMNS.index("reserve_p")].tolist()
     rows = zip(params, grads, exp_avgs, exp_avg_sqs, step.scalars, keys, step.t, ps, strict=True)
     for param, grad, exp_avg, exp_avg_sq, s, key, t, p in rows:
-        words = _bernoulli_words(param.numel(), key, t, p, philox.GRADIENT_MASK, 0, param.device)
+        words = bernoulli_bits(param.numel(), key, t, p, philox.GRADIENT_MASK, 0, param.device)
         keep = unpack_bits(words, param.numel()).view(param.shape)
         g = torch.where(keep, grad.float() * s.grad_multiplier * s.inv_p, 0.0)  # Eq. 4
         m, v = advance_moments(g, exp_avg, exp_avg_sq, s)
@@ -228,7 +229,11 @@ def square_accumulate_(accumulators, grads, scale) -> None:
 
 def bernoulli_bits(numel, key, step, p, domain, offset, device) -> Tensor:
     """Pack the keep-bits of elements offset .. offset + numel - 1 of one parameter."""
-    return _bernoulli_words(numel, key, step, p, domain, offset, device)
+    chunks = [torch.empty(0, dtype=torch.int32, device=device)]
+    for start in range(0, numel, _CHUNK):
+        elements = torch.arange(start, min(start + _CHUNK, numel), device=device) + offset
+        chunks.append(pack_bits(philox.keep_bits(elements, key, step, p, domain)))
+    return torch.cat(chunks)
 
 
 def threshold_bits(scores, threshold) -> Tensor:
@@ -252,14 +257,3 @@ def unpack_bits(words: Tensor, numel: int) -> Tensor:
     """Return the first ``numel`` bits as bool [numel]."""
     shifts = torch.arange(8, dtype=torch.uint8, device=words.device)
     return (words.view(torch.uint8)[:, None] >> shifts & 1).view(-1)[:numel].bool()
-
-
-_CHUNK = 1 << 20  # elements generated at a time: bounds the int64 temporaries to a few tens of MB
-
-
-def _bernoulli_words(numel, key, step, p, domain, offset, device) -> Tensor:
-    chunks = [torch.empty(0, dtype=torch.int32, device=device)]
-    for start in range(0, numel, _CHUNK):
-        elements = torch.arange(start, min(start + _CHUNK, numel), device=device) + offset
-        chunks.append(pack_bits(philox.keep_bits(elements, key, step, p, domain)))
-    return torch.cat(chunks)

@@ -17,7 +17,7 @@ def keep_bits(start, key, step, last_kept, domain, BLOCK: tl.constexpr):
     """Return the keep-bits of elements start .. start + BLOCK - 1; ``start`` is int64 and a multiple of 4.
 
     One counter serves 4 elements. ``last_kept`` is floor(p * 2**32) - 1, which fits 32 bits also for p = 1.
-    The ten rounds hide under the loads of an update (H200: 0.99 of the copy bandwidth with and without them).
+    The ten rounds hide under the loads of an update (H200, fp32: 0.979 of the copy bandwidth, 0.978 without a mask).
     """
     quad = (start >> 2) + tl.arange(0, BLOCK // 4)
     c0 = quad.to(tl.uint32)
