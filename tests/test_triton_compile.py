@@ -32,6 +32,7 @@ LAYOUT = {
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 BUDGET = 72  # registers a thread, measured: up to here the updates reach the copy bandwidth
+CHILD_BUDGET = 40  # D waits for words before it loads, and lives from many programs at a time (54: 2.13 ms, 40: 1.99)
 
 
 def build(kernel, signature, constants, capability, num_warps, tmp_path):
@@ -84,7 +85,7 @@ def test_update(rule, capability, param, state, tmp_path):
     signature = {**LAYOUT, "scalars": "*i32"}
     ptx, usage = build(triton_adamw._update_kernel, signature, constants, capability, num_warps, tmp_path)
     assert_ieee(ptx)
-    assert_no_spills(usage, BUDGET)
+    assert_no_spills(usage, CHILD_BUDGET if "child" in rule else BUDGET)
     widths = {"v4" if dtype == FP32 else "v2" for dtype in (param, state)}  # 4 elements: 16 bytes, or 8
     for width in widths:
         assert re.search(rf"ld\.global\.{width}\.b32", ptx)
