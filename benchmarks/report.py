@@ -15,6 +15,7 @@ FILES = (
     "h200-bert-large-float32",
     "h200-bert-large-bfloat16",
     "h200-bert-large-float32-group-each",
+    "h200-llama-7b-bfloat16",
     "amd-epyc-2-threads-bert-small-float32",
     "amd-epyc-2-threads-bert-small-bfloat16",
 )
