@@ -37,6 +37,8 @@ def bits(impl: str) -> None:
     for numel in (1, 31, 33, 4097):
         words = kernels.bernoulli_bits(numel, 5, 1, 0.3, 0, 0, device)
         kernels.popcount_bits(words)
+        kernels.overlap_bits(words, words)
+        kernels.overlap_bits(words[1:], words[1:])
         for dtype in (torch.float32, torch.bfloat16):
             scores = torch.randn(numel, device="cuda").to(dtype)
             kernels.threshold_bits(scores, 0.1)

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ops
 
-_FORMAT, _VERSION = "childtune_kernels.ChildMask", 1
+_FORMAT, _VERSION = "childtune_kernels.ChildMask", "1"
+_ALIGNMENT = 16  # bytes: where each tensor's bits start, in memory and in files
+_SHOWN = 10  # names that an error lists
 
 
 class ChildMask:
     """Which weights belong to the child network (paper, sec. 2.3), for the parameters it names.
 
     Parameters that it does not name are trained fully, like a fresh classification head. Bit i of word w is
-    element 32 * w + i in row-major order, so a mask takes one bit a weight: 42 MB for BERT-large.
+    element 32 * w + i in row-major order, so a mask takes one bit a weight: 42 MB for BERT-large. The words of all
+    parameters lie in one buffer, sorted by name: set algebra, counts and overlaps are one operation each.
+
+    ``a | b``, ``a & b``, ``a ^ b``, ``a - b`` and ``~a`` are the sets' union, intersection, symmetric difference,
+    difference and complement, for masks of the same names and shapes, on a's device.
 
     Args:
-        words: name -> int32 [ceil(numel / 32)], spare bits 0.
+        words: name -> int32 [ceil(numel / 32)], spare bits 0; copied, to the first one's device.
         shapes: name -> parameter shape, the same names.
 
     Raises:
-        ValueError: names differ, or words have another dtype or count than the shape asks for.
+        ValueError: names differ, words have another dtype or count than the shape asks for, or spare bits are set.
     """
 
     def __init__(self, words: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]):
@@ -33,15 +43,25 @@ class ChildMask:
             raise ValueError(
                 f"words and shapes must name the same parameters, got {sorted(words.keys() ^ shapes.keys())}"
             )
+        self._shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
+        self._starts, total = {}, 0  # sorted: masks of the same model have the same layout, whatever their order
+        for name in sorted(self._shapes):
+            self._starts[name] = total
+            total += _padded(self._shapes[name].numel())
         for name, packed in words.items():
-            expected = (torch.Size(shapes[name]).numel() + 31) // 32
+            expected = _words(self._shapes[name].numel())
             if packed.dtype != torch.int32 or packed.shape != (expected,):
                 raise ValueError(
                     f"words[{name!r}] must be int32 of shape ({expected},), "
                     f"got {packed.dtype} of shape {tuple(packed.shape)}"
                 )
-        self._words = dict(words)
-        self._shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
+        device = next((packed.device for packed in words.values()), torch.device("cpu"))
+        self._flat = torch.zeros(total, dtype=torch.int32, device=device)
+        for name, packed in words.items():
+            self.words(name).copy_(packed)
+        index, valid = self._edges()
+        if (self._flat[index] & ~valid).any():
+            raise ValueError("words must have spare bits 0 after each parameter's last element, got some set")
 
     @classmethod
     def from_dense(cls, dense: Mapping[str, Tensor]) -> ChildMask:
@@ -60,12 +80,12 @@ class ChildMask:
     def to_dense(self, name: str) -> Tensor:
         """Return the bits of one parameter, bool, of its shape."""
         shape = self.shape(name)
-        return ops.unpack_bits(self._words[name], shape.numel()).view(shape)
+        return ops.unpack_bits(self.words(name), shape.numel()).view(shape)
 
     def words(self, name: str) -> Tensor:
-        """Return the packed bits of one parameter, int32 [ceil(numel / 32)]."""
-        self.shape(name)
-        return self._words[name]
+        """Return the packed bits of one parameter, int32 [ceil(numel / 32)]: a view, at a 16-byte boundary."""
+        shape = self.shape(name)
+        return self._flat[self._starts[name] :][: _words(shape.numel())]
 
     def shape(self, name: str) -> torch.Size:
         """Return the shape of one parameter.
@@ -77,65 +97,234 @@ class ChildMask:
             raise KeyError(f"the mask names no parameter {name!r}; it names {len(self)}")
         return self._shapes[name]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the bits are."""
+        return self._flat.device
+
+    def to(self, device: torch.device | str) -> ChildMask:
+        """Return the mask on a device; its bits are shared if they are there already."""
+        return self._with(self._flat.to(device))
+
     def count(self, name: str | None = None) -> int:
         """Return how many weights are in the child, of one parameter or of all that are named."""
-        names = self._words if name is None else (name,)
-        return sum(int(ops.popcount_bits(self.words(n))) for n in names)
+        return int(ops.popcount_bits(self._flat if name is None else self.words(name)))
 
     def density(self, name: str | None = None) -> float:
         """Return the child's share of the weights of one parameter, or of all that are named (0.0 where none)."""
         total = sum(shape.numel() for shape in self._shapes.values()) if name is None else self.shape(name).numel()
         return self.count(name) / total if total else 0.0
 
+    def jaccard(self, other: ChildMask, name: str | None = None) -> float:
+        """Return the overlap ``|A and B| / |A or B|`` (paper, Fig. 3) of one parameter, or of all that are named.
+
+        Two empty children are equal, so they overlap by 1.0.
+
+        Raises:
+            ValueError: the masks are of different models.
+        """
+        return _jaccard(self._overlap(other, name).tolist())
+
+    def __or__(self, other: ChildMask) -> ChildMask:
+        return self._combine(other, torch.bitwise_or)
+
+    def __and__(self, other: ChildMask) -> ChildMask:
+        return self._combine(other, torch.bitwise_and)
+
+    def __xor__(self, other: ChildMask) -> ChildMask:
+        return self._combine(other, torch.bitwise_xor)
+
+    def __sub__(self, other: ChildMask) -> ChildMask:
+        return self._combine(other, lambda a, b: a & ~b)
+
+    def __invert__(self) -> ChildMask:
+        flat = ~self._flat
+        index, valid = self._edges()
+        flat[index] &= valid
+        return self._with(flat)
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that this mask is not for; parameters that the mask does not name may be anything.
+
+        Raises:
+            ValueError: the model lacks parameters that the mask names, or has them in other shapes; it names them.
+        """
+        shapes = {name: param.shape for name, param in model.named_parameters(remove_duplicate=False)}
+        _refuse_difference("the model", self._shapes, {name: shapes[name] for name in self if name in shapes})
+
+    @torch.no_grad()
+    def prune(self, model: nn.Module) -> None:
+        """Set the weights outside the child to zero, in place: the ablation "Prune" of the paper's Table 5.
+
+        There the weights outside the child do not stay at their pretrained values but are removed before fine-tuning.
+        An optimizer with this mask leaves them zero. Parameters that the mask does not name stay as they are.
+
+        Raises:
+            ValueError: as `check`; nothing has been changed then.
+        """
+        self.check(model)
+        params = dict(model.named_parameters(remove_duplicate=False))
+        for name in self:
+            params[name].masked_fill_(~self.to_dense(name).to(params[name].device), 0)
+
+    def digest(self) -> str:
+        """Return a name for this mask, 32 hexadecimal digits: equal on all ranks and machines for equal masks.
+
+        blake2b over the JSON list of [name, shape] sorted by name, then over each parameter's bits in that order,
+        little endian and padded with zeros to a multiple of 16 bytes.
+        """
+        shapes = json.dumps([[name, list(self._shapes[name])] for name in self._starts])
+        digest = hashlib.blake2b(shapes.encode(), digest_size=16)
+        digest.update(self._flat.cpu().numpy())
+        return digest.hexdigest()
+
     def save(self, path: str | os.PathLike) -> None:
-        """Write the mask; a file at ``path`` is replaced at once or not at all."""
+        """Write the mask as safetensors; a file at ``path`` is replaced at once or not at all.
+
+        Each parameter is one uint8 tensor of its bits, lowest bit first, row-major, padded with zeros to a multiple
+        of 16 bytes. Tensors start at 16-byte boundaries of the file, so a memory map of it can be used as it is.
+        """
+        from safetensors.torch import save_file  # here, so that training needs torch and numpy alone
+
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
-        content = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "shapes": {name: tuple(shape) for name, shape in self._shapes.items()},
-            "words": {name: words.cpu() for name, words in self._words.items()},
-        }
-        torch.save(content, partial)
+        flat, metadata = self._flat.cpu(), {"format": _FORMAT, "version": _VERSION, "digest": self.digest()}
+        metadata["shapes"] = json.dumps({name: list(shape) for name, shape in self._shapes.items()})
+        padded = {n: flat[start:][: _padded(self._shapes[n].numel())] for n, start in self._starts.items()}
+        for padding in ("", " " * 8):  # safetensors itself pads its header to 8 bytes only
+            save_file({n: w.view(torch.uint8) for n, w in padded.items()}, partial, metadata | {"padding": padding})
+            with open(partial, "rb") as file:
+                if (8 + int.from_bytes(file.read(8), "little")) % _ALIGNMENT == 0:
+                    break
         os.replace(partial, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> ChildMask:
-        """Read a mask that `save` wrote, onto the CPU.
+    def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> ChildMask:
+        """Read a mask that `save` wrote, whatever device it was on.
 
         Raises:
-            ValueError: the file holds something else, or another format version.
+            OSError: the file cannot be read.
+            ValueError: the file holds something else, another format version, or bits that its digest does not fit.
         """
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        found = (
-            (content.get("format"), content.get("version"))
-            if isinstance(content, dict)
-            else (type(content).__name__, None)
-        )
-        if found != (_FORMAT, _VERSION):
-            raise ValueError(
-                f"{os.fspath(path)} must hold {_FORMAT} version {_VERSION}, got {found[0]} version {found[1]}"
-            )
-        return cls(content["words"], content["shapes"])
+        from safetensors import SafetensorError
+
+        try:
+            return cls._read(path).to(device)
+        except (SafetensorError, ValueError, TypeError) as error:
+            raise ValueError(f"{os.fspath(path)} must hold {_FORMAT} version {_VERSION}, got {error}") from error
+
+    @classmethod
+    def _read(cls, path: str | os.PathLike) -> ChildMask:
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            found = metadata.get("format"), metadata.get("version")
+            if found != (_FORMAT, _VERSION):
+                raise ValueError(f"{found[0]} version {found[1]}")
+            shapes, packed = json.loads(metadata.get("shapes", "")), {n: file.get_tensor(n) for n in file.keys()}
+        if packed.keys() != shapes.keys():
+            raise ValueError(f"shapes and tensors of different names: {_listed(sorted(packed.keys() ^ shapes.keys()))}")
+        words = {}
+        for name, shape in shapes.items():
+            numel, got = torch.Size(shape).numel(), packed[name]
+            if got.dtype != torch.uint8 or got.shape != (4 * _padded(numel),):
+                raise ValueError(f"{got.dtype} of shape {tuple(got.shape)} for {name!r} of {numel} elements")
+            words[name], padding = got.view(torch.int32).split((_words(numel), _padded(numel) - _words(numel)))
+            if padding.any():
+                raise ValueError(f"set bits after the last element of {name!r}")
+        mask = cls(words, shapes)
+        if mask.digest() != metadata.get("digest"):
+            raise ValueError(f"bits of digest {mask.digest()} where {metadata.get('digest')} was written")
+        return mask
+
+    def _with(self, flat: Tensor) -> ChildMask:
+        mask = copy.copy(self)
+        mask._flat = flat
+        return mask
+
+    def _combine(self, other: ChildMask, operation: Callable[[Tensor, Tensor], Tensor]) -> ChildMask:
+        if not isinstance(other, ChildMask):
+            return NotImplemented
+        _refuse_difference("the other mask", self._shapes, other._shapes)
+        return self._with(operation(self._flat, other._flat.to(self.device)))
+
+    def _overlap(self, other: ChildMask, name: str | None = None) -> Tensor:
+        """Return how many weights both have, and how many at least one has, int64 [2]."""
+        _refuse_difference("the other mask", self._shapes, other._shapes)
+        a, b = (m._flat if name is None else m.words(name) for m in (self, other))
+        return ops.overlap_bits(a, b.to(self.device))
+
+    def _edges(self) -> tuple[Tensor, Tensor]:
+        """Return the words that do not stand for 32 elements, int64 [k], and the bits of each that do, int32 [k]."""
+        edges = []
+        for name, start in self._starts.items():
+            numel = self._shapes[name].numel()
+            for word in range(numel // 32, _padded(numel)):
+                edges.append((start + word, (1 << max(0, numel - 32 * word)) - 1))
+        index, valid = torch.tensor(edges, dtype=torch.int64, device=self.device).view(-1, 2).unbind(1)
+        return index, valid.to(torch.int32)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._words
+        return name in self._shapes
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._words)
+        return iter(self._shapes)
 
     def __len__(self) -> int:
-        return len(self._words)
+        return len(self._shapes)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ChildMask):
             return NotImplemented
-        return self._shapes == other._shapes and all(
-            torch.equal(self._words[n].cpu(), other._words[n].cpu()) for n in self
-        )
+        return self._shapes == other._shapes and torch.equal(self._flat, other._flat.to(self.device))
 
     __hash__ = None
 
     def __repr__(self) -> str:
         return f"ChildMask({len(self)} parameters, {self.count():,} weights, density {self.density():.4f})"
+
+
+def jaccard_matrix(masks: Sequence[ChildMask]) -> Tensor:
+    """Return the overlap of every two of n masks (paper, Fig. 3), float64 [n, n] on the CPU; see `ChildMask.jaccard`.
+
+    Raises:
+        ValueError: the masks are of different models.
+    """
+    pairs = list(combinations(range(len(masks)), 2))
+    counts = [masks[i]._overlap(masks[j]).to(masks[0].device) for i, j in pairs]
+    matrix = torch.eye(len(masks), dtype=torch.float64)
+    for (i, j), count in zip(pairs, torch.stack(counts).tolist() if counts else (), strict=True):  # one wait for all
+        matrix[i, j] = matrix[j, i] = _jaccard(count)
+    return matrix
+
+
+def _jaccard(counts: Sequence[int]) -> float:
+    both, either = counts
+    return both / either if either else 1.0
+
+
+def _words(numel: int) -> int:
+    return (numel + 31) // 32
+
+
+def _padded(numel: int) -> int:
+    """Return the words that a parameter takes with its padding."""
+    return _words(numel) + -_words(numel) % (_ALIGNMENT // 4)
+
+
+def _refuse_difference(what: str, expected: Mapping[str, torch.Size], got: Mapping[str, torch.Size]) -> None:
+    """Refuse a model or mask whose parameters are not those of this mask, naming what differs."""
+    differing = [name for name in {**expected, **got} if expected.get(name) != got.get(name)]
+    if differing:
+        sides = [{name: tuple(shape) for name, shape in side.items()} for side in (expected, got)]
+        wanted, found = ({name: side.get(name, "none") for name in differing} for side in sides)
+        raise ValueError(
+            f"{what} must have this mask's parameters, of these shapes; {len(differing)} differ: "
+            + _listed([f"{name!r} (expected {wanted[name]}, got {found[name]})" for name in differing])
+        )
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = len(items) - _SHOWN
+    return ", ".join(items[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

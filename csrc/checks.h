@@ -150,4 +150,9 @@ inline void check_words(const Tensor& words) {
   check_array([] { return "words"; }, words, ScalarType::Int, words.numel(), words);
 }
 
+inline void check_overlap(const Tensor& a, const Tensor& b) {
+  check_array([] { return "a"; }, a, ScalarType::Int, a.numel(), a);
+  check_array([] { return "b"; }, b, ScalarType::Int, a.numel(), a);
+}
+
 }  // namespace childtune

@@ -36,4 +36,6 @@ Tensor threshold_bits(const Tensor& scores, double threshold);
 
 Tensor popcount_bits(const Tensor& words);
 
+Tensor overlap_bits(const Tensor& a, const Tensor& b);
+
 }  // namespace childtune

@@ -12,4 +12,5 @@ STABLE_TORCH_LIBRARY_IMPL(childtune, CHILDTUNE_DEVICE, m) {
   m.impl("bernoulli_bits.csrc", TORCH_BOX(&childtune::bernoulli_bits));
   m.impl("threshold_bits.csrc", TORCH_BOX(&childtune::threshold_bits));
   m.impl("popcount_bits.csrc", TORCH_BOX(&childtune::popcount_bits));
+  m.impl("overlap_bits.csrc", TORCH_BOX(&childtune::overlap_bits));
 }

@@ -221,6 +221,17 @@ def test_threshold_and_popcount_bits(dtype):
 
 
 @needs_csrc
+@pytest.mark.parametrize("threads", (1, 2, 5))
+def test_overlap_bits(threads):
+    torch.set_num_threads(threads)
+    for n_words in (0, 1, 33, 1025, 100_003):
+        words = torch.randint(-(2**31), 2**31, (2, n_words), generator=torch.Generator().manual_seed(n_words))
+        a, b = words.to(torch.int32)
+        counts = implementation("csrc", "cpu").overlap_bits(a, b)
+        assert torch.equal(counts, reference.overlap_bits(a, b)), n_words
+
+
+@needs_csrc
 def test_results_do_not_depend_on_the_thread_count():
     results = []
     for threads in (1, 2, 5):
@@ -283,6 +294,8 @@ def test_bad_extras_raise():
         functions.threshold_bits(torch.zeros(3, 3).t(), 0.0)
     with pytest.raises(RuntimeError, match="words must be Int, got Long"):
         functions.popcount_bits(torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match="b must have 3 elements, got 4"):
+        functions.overlap_bits(torch.zeros(3).int(), torch.zeros(4).int())
     assert_same(lists, before)
 
 

@@ -1,18 +1,19 @@
-"""ChildMask: packing, counting, files."""
+"""ChildMask: packing, counting, sets, overlaps, pruning."""
 
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 
 import pytest
 import torch
 
-from childtune_kernels import ChildMask, ops
+from childtune_kernels import ChildAdamW, ChildMask, jaccard_matrix, ops
 
 
-def dense(density=0.3) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(4)
+def dense(density=0.3, seed=4) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     shapes = {"embed.weight": (37, 29), "norm.bias": (31,), "scale": (), "empty": (0, 3), "head.weight": (2, 32)}
     return {name: torch.rand(shape, generator=generator) < density for name, shape in shapes.items()}
 
@@ -66,40 +67,6 @@ def test_equality(mask):
     assert mask != "mask"
 
 
-def test_file_round_trip(mask, tmp_path):
-    path = tmp_path / "child.pt"
-    mask.save(path)
-    loaded = ChildMask.load(str(path))
-    assert loaded == mask and list(loaded) == list(mask) and loaded.shape("embed.weight") == (37, 29)
-    ChildMask.from_dense(dense(0.9)).save(path)
-    assert ChildMask.load(path) == ChildMask.from_dense(dense(0.9))
-    assert [p.name for p in tmp_path.iterdir()] == ["child.pt"], "no partial file stays"
-
-
-@pytest.mark.gpu
-def test_a_cuda_mask_is_saved_for_any_machine(tmp_path):
-    bits = {name: b.cuda() for name, b in dense().items()}
-    ChildMask.from_dense(bits).save(tmp_path / "child.pt")
-    loaded = ChildMask.load(tmp_path / "child.pt")
-    assert loaded.words("scale").device.type == "cpu" and loaded == ChildMask.from_dense(bits)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        [1, 2],
-        {"weight": torch.zeros(2)},
-        {"format": "childtune_kernels.ChildMask", "version": 2, "shapes": {}, "words": {}},
-        {"format": "other", "version": 1, "shapes": {}, "words": {}},
-    ],
-    ids=["list", "state-dict", "version", "format"],
-)
-def test_foreign_files_are_refused(content, tmp_path):
-    torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="x.pt must hold childtune_kernels.ChildMask version 1, got "):
-        ChildMask.load(tmp_path / "x.pt")
-
-
 @pytest.mark.parametrize("method", ["to_dense", "words", "shape", "count", "density"])
 def test_unknown_names_are_refused(mask, method):
     with pytest.raises(KeyError, match="the mask names no parameter 'pooler'; it names 5"):
@@ -121,9 +88,176 @@ def test_only_bools_are_packed(bits):
         ({"a": torch.zeros(1, dtype=torch.int64)}, {"a": (3,)}, r"words\['a'\] must be int32 .* got torch.int64"),
         ({"a": torch.zeros(2, dtype=torch.int32)}, {"a": (3,)}, r"of shape \(1,\), got torch.int32 of shape \(2,\)"),
         ({"a": torch.zeros(1, dtype=torch.int32)}, {"a": (3, 11)}, r"of shape \(2,\), got torch.int32 of shape \(1,\)"),
+        (
+            {"a": torch.full((1,), 8, dtype=torch.int32)},
+            {"a": (3,)},
+            "spare bits 0 after each parameter's last element",
+        ),
     ],
-    ids=["names", "dtype", "too-many", "too-few"],
+    ids=["names", "dtype", "too-many", "too-few", "spare-bits"],
 )
 def test_words_must_fit_their_shapes(words, shapes, message):
     with pytest.raises(ValueError, match=message):
         ChildMask(words, shapes)
+
+
+def backwards(bits: dict) -> dict:
+    return dict(reversed(bits.items()))
+
+
+def joined(bits: dict) -> torch.Tensor:
+    return torch.cat([bits[name].flatten() for name in sorted(bits)])
+
+
+def test_words_start_at_16_byte_boundaries(mask, device):
+    mask = mask.to(device)
+    for name in mask:
+        assert mask.words(name).data_ptr() % 16 == 0 or not mask.words(name).numel()
+        assert torch.equal(mask.words(name).cpu(), ops.pack_bits(dense()[name]))
+
+
+SETS = {"|": operator.or_, "&": operator.and_, "^": operator.xor, "-": lambda a, b: a & ~b}
+
+
+@pytest.mark.parametrize("symbol", SETS)
+def test_set_algebra(symbol, mask, device):
+    """The second mask names the same parameters in another order."""
+    other = dense(0.6, seed=5)
+    got = eval(f"a {symbol} b", {"a": mask.to(device), "b": ChildMask.from_dense(backwards(other)).to(device)})
+    expected = {name: SETS[symbol](bits, other[name]) for name, bits in dense().items()}
+    assert got == ChildMask.from_dense(expected) and got.device.type == device and list(got) == list(mask)
+    assert mask == ChildMask.from_dense(dense()), "an operand was written"
+
+
+def test_complement(mask, device):
+    got = ~mask.to(device)
+    assert got == ChildMask.from_dense({name: ~bits for name, bits in dense().items()}) and ~got == mask
+    assert got.count() + mask.count() == sum(bits.numel() for bits in dense().values())
+    assert (mask & got).count() == 0 and (mask | got).density() == 1.0
+    assert ~ChildMask({}, {}) == ChildMask({}, {})
+
+
+@pytest.mark.parametrize("numel", [0, 1, 31, 32, 33, 63, 64, 96, 127, 128, 129, 160])
+def test_complement_of_nothing_is_everything(numel):
+    """At every number of spare bits and of padding words."""
+    nothing = ChildMask.from_dense({name: torch.zeros(numel, dtype=torch.bool) for name in "ab"})
+    assert (~nothing).count() == 2 * numel and (~nothing).count("a") == numel
+    assert ~nothing == ChildMask.from_dense({name: torch.ones(numel, dtype=torch.bool) for name in "ab"})
+
+
+def test_masks_of_different_models_do_not_mix(mask):
+    small = ChildMask.from_dense(
+        {"scale": torch.tensor(True), "other": torch.ones(3) > 0, "norm.bias": torch.ones(30) > 0}
+    )
+    message = (
+        "the other mask must have this mask's parameters, of these shapes; 5 differ: "
+        r"'embed.weight' \(expected \(37, 29\), got none\), 'norm.bias' \(expected \(31,\), got \(30,\)\), "
+        r".*'other' \(expected none, got \(3,\)\)"
+    )
+    algebra = (operator.or_, operator.and_, operator.xor, operator.sub)
+    for operation in (*algebra, ChildMask.jaccard, lambda a, b: jaccard_matrix([a, b])):
+        with pytest.raises(ValueError, match=message):
+            operation(mask, small)
+    for operation in algebra:
+        with pytest.raises(TypeError, match="unsupported operand"):
+            operation(mask, {"scale"})
+    many = ChildMask.from_dense({f"p{i:02}": torch.ones(1) > 0 for i in range(15)})
+    with pytest.raises(ValueError, match=r"15 differ: .*'p09' \(expected \(1,\), got none\) and 5 more$"):
+        many | ChildMask({}, {})
+
+
+def test_jaccard(mask, device):
+    a, b = joined(dense()), joined(dense(0.6, seed=5))
+    other = ChildMask.from_dense(backwards(dense(0.6, seed=5)))
+    assert mask.to(device).jaccard(other) == int((a & b).sum()) / int((a | b).sum())
+    for name, bits in dense().items():
+        both, either = ((op(bits, dense(0.6, seed=5)[name])).sum() for op in (operator.and_, operator.or_))
+        assert mask.to(device).jaccard(other, name) == (int(both) / int(either) if either else 1.0)
+    assert mask.jaccard(mask) == 1.0 and mask.jaccard(~mask) == 0.0
+    assert (mask - mask).jaccard(mask - mask) == 1.0, "two empty children are equal"
+    assert (mask - mask).jaccard(mask) == 0.0
+
+
+def test_jaccard_matrix(mask, device):
+    masks = [mask.to(device), ChildMask.from_dense(dense(0.6, seed=5)), ~mask, mask - mask]
+    matrix = jaccard_matrix(masks)
+    assert matrix.dtype == torch.float64 and matrix.device.type == "cpu"
+    assert matrix.tolist() == [[a.jaccard(b) for b in masks] for a in masks]
+    assert jaccard_matrix([]).shape == (0, 0) and jaccard_matrix([mask]).tolist() == [[1.0]]
+
+
+def test_moving_a_mask(mask, device):
+    moved = mask.to(device)
+    assert moved == mask and moved.device.type == device and moved.to("cpu") == mask
+    assert mask.to("cpu").words("norm.bias").data_ptr() == mask.words("norm.bias").data_ptr()
+
+
+def test_digest_names_the_mask(mask, device):
+    digest = mask.digest()
+    assert len(digest) == 32 and int(digest, 16)
+    assert digest == ChildMask.from_dense(backwards(dense())).to(device).digest() == copy.deepcopy(mask).digest()
+    flipped, named, shaped = dense(), dense(), dense()
+    flipped["head.weight"][1, 31] ^= True
+    named["head.bias"] = named.pop("head.weight")
+    shaped["norm.bias"] = shaped["norm.bias"].view(1, 31)
+    others = [ChildMask.from_dense(bits).digest() for bits in (flipped, named, shaped)]
+    assert len({digest, *others}) == 4
+    words = {"a": torch.tensor([5], dtype=torch.int32)}
+    assert ChildMask(words, {"a": (3,)}).digest() == "8d053eb6c33669b7d154a6dd596076ed", (
+        "other machines and versions must agree"
+    )
+
+
+class Model(torch.nn.Module):
+    """Has the mask's parameters, a head that it does not name, and a tied one."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.head = torch.nn.Embedding(37, 29), torch.nn.LayerNorm(29), torch.nn.Linear(29, 37)
+        self.head.weight = self.embed.weight
+
+    def mask(self, names=("norm.bias", "head.weight")) -> ChildMask:
+        return ChildMask.from_dense({name: torch.rand(self.get_parameter(name).shape) < 0.4 for name in names})
+
+
+def test_prune_zeroes_what_is_outside_the_child(device):
+    model = Model().to(device)
+    mask = model.mask()
+    with torch.no_grad():
+        model.norm.bias.fill_(-2.0)
+        model.embed.weight[3, :20] = float("nan")
+    before = {name: param.detach().clone() for name, param in model.named_parameters(remove_duplicate=False)}
+    mask.prune(model)
+    for name, param in model.named_parameters(remove_duplicate=False):
+        tied = "head.weight" if name == "embed.weight" else name
+        inside = mask.to_dense(tied).to(device) if tied in mask else torch.ones_like(param, dtype=torch.bool)
+        assert torch.equal(param[inside].nan_to_num(9.0), before[name][inside].nan_to_num(9.0))
+        assert (param[~inside] == 0).all() and not param[~inside].signbit().any()
+    assert (model.norm.bias == 0).any() and (model.head.bias != 0).any() and model.norm.bias.requires_grad
+
+
+def test_a_pruned_model_stays_pruned():
+    model = Model()
+    mask = model.mask(("norm.bias",))
+    mask.prune(model)
+    optimizer = ChildAdamW(model.named_parameters(), lr=0.1, weight_decay=0.1, decay="all", mask=mask)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert torch.equal(model.norm.bias != 0, mask.to_dense("norm.bias"))
+
+
+def test_a_mask_for_another_model_is_refused_before_anything_is_touched():
+    model = Model()
+    before = [param.detach().clone() for param in model.parameters()]
+    strange = {"norm.bias": (29,), "head.weight": (29, 37), "pooler": (3,)}
+    mask = ChildMask.from_dense({name: torch.zeros(shape, dtype=torch.bool) for name, shape in strange.items()})
+    for refuse in (mask.check, mask.prune):
+        with pytest.raises(ValueError) as error:
+            refuse(model)
+        assert str(error.value) == (
+            "the model must have this mask's parameters, of these shapes; 2 differ: "
+            "'head.weight' (expected (29, 37), got (37, 29)), 'pooler' (expected (3,), got none)"
+        )
+    assert all(map(torch.equal, before, model.parameters()))
+    assert model.mask().check(model) is None

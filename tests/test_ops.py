@@ -227,3 +227,16 @@ def test_packing_round_trip(shape, device):
 def test_popcount_bits(words, expected, place):
     count = place.kernels.popcount_bits(torch.tensor(words, dtype=torch.int32, device=place.device))
     assert count.dtype == torch.int64 and count.shape == () and int(count) == expected
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("n_words", [0, 1, 31, 32, 33, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 6 * BLOCK + 5, 50_003])
+def test_overlap_bits(n_words, offset, place):
+    """Views between words of ones, of which none may be counted."""
+    generator = torch.Generator().manual_seed(n_words)
+    a, b = (torch.rand(32 * n_words, generator=generator) < p for p in (0.3, 0.6))
+    ones = torch.full((offset + n_words + 9,), -1, dtype=torch.int32, device=place.device)
+    views = [ones.clone()[offset : offset + n_words].copy_(ops.pack_bits(bits)) for bits in (a, b)]
+    counts = place.kernels.overlap_bits(*views)
+    assert counts.dtype == torch.int64 and counts.shape == (2,)
+    assert counts.tolist() == [int((a & b).sum()), int((a | b).sum())]

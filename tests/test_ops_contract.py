@@ -52,6 +52,7 @@ OTHERS = {
     "bernoulli_bits": lambda device: (70, -(2**63), 2**24 - 1, 0.3, 0, 2**34, torch.device(device)),
     "threshold_bits": lambda device: (torch.randn(70, device=device), 0.25),
     "popcount_bits": lambda device: (torch.tensor([3, -1], dtype=torch.int32, device=device),),
+    "overlap_bits": lambda device: tuple(torch.tensor([[3, -1], [6, 8]], dtype=torch.int32, device=device)),
 }
 
 
@@ -263,6 +264,9 @@ SCORES = torch.zeros(4, 6)
         ("threshold_bits", (SCORES.t(), 0.5), r"scores must be contiguous .* got .*strides \(1, 6\)"),
         ("popcount_bits", (SCORES.long(),), "words must be contiguous int32, got torch.int64"),
         ("popcount_bits", (SCORES.int().t(),), r"words must be contiguous int32, got .*strides \(1, 6\)"),
+        ("overlap_bits", (SCORES, SCORES.int()), "a must be contiguous int32, got torch.float32"),
+        ("overlap_bits", (SCORES.int(), SCORES.int().t()), r"b must be contiguous int32, got .*strides \(1, 6\)"),
+        ("overlap_bits", (SCORES.int(), SCORES.int()[1:]), r"b must have a's shape \(4, 6\) and device cpu, got"),
     ],
 )
 def test_other_ops_refuse(op, args, message):

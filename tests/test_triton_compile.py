@@ -35,14 +35,14 @@ BUDGET = 72  # registers a thread, measured: up to here the updates reach the co
 CHILD_BUDGET = 40  # D waits for words before it loads, and lives from many programs at a time (54: 2.13 ms, 40: 1.99)
 
 
-def build(kernel, signature, constants, capability, num_warps, tmp_path):
-    """Compile a kernel; return its PTX and its resource usage."""
+def build(kernel, signature, constants, capability, num_warps, tmp_path, aligned=()):
+    """Compile a kernel, for arguments at 16-byte boundaries where named; return its PTX and its resource usage."""
     names = kernel.arg_names
     source = ASTSource(
         fn=kernel,
         signature={name: signature.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     options = {"num_warps": num_warps, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -132,3 +132,13 @@ def test_bitmask(capability, tmp_path):
         ptx, usage = build(kernel, signature, constants, capability, 4, tmp_path)
         assert_no_spills(usage, 255)
     assert "popc.b32" in ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_overlap(capability, tmp_path):
+    signature = {"a": "*i32", "b": "*i32", "counts": "*i64", "n_words": "i64"}
+    constants = {"BLOCK": triton_bitmask._COUNT_BLOCK}
+    kernel = triton_bitmask._overlap_kernel
+    ptx, usage = build(kernel, signature, constants, capability, 4, tmp_path, aligned=("a", "b"))
+    assert_no_spills(usage, BUDGET)
+    assert "popc.b32" in ptx and ptx.count("ld.global.v4.b32") == 2 * triton_bitmask._COUNT_BLOCK // (128 * 4)

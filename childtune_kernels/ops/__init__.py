@@ -44,6 +44,7 @@ SCHEMAS = {
     "bernoulli_bits": "(int numel, int key, int step, float p, int domain, int offset, Device device) -> Tensor",
     "threshold_bits": "(Tensor scores, float threshold) -> Tensor",
     "popcount_bits": "(Tensor words) -> Tensor",
+    "overlap_bits": "(Tensor a, Tensor b) -> Tensor",
 }
 # The compiled kernel fills its words: an op without a tensor argument has no device to be dispatched on.
 _CSRC_SCHEMAS = SCHEMAS | {
@@ -150,8 +151,13 @@ def _threshold_bits(scores, threshold):
 
 
 def _popcount_bits(words):
-    checks.check_packed(words)
+    checks.check_packed("words", words)
     return implementation("auto", words.device.type).popcount_bits(words)
+
+
+def _overlap_bits(a, b):
+    checks.check_overlap(a, b)
+    return implementation("auto", a.device.type).overlap_bits(a, b)
 
 
 _RUN = {
@@ -160,6 +166,7 @@ _RUN = {
     "bernoulli_bits": _bernoulli_bits,
     "threshold_bits": _threshold_bits,
     "popcount_bits": _popcount_bits,
+    "overlap_bits": _overlap_bits,
 }
 
 
@@ -172,6 +179,7 @@ _FAKES = {
     "bernoulli_bits": lambda numel, key, step, p, domain, offset, device: _words(numel, device),
     "threshold_bits": lambda scores, threshold: _words(scores.numel(), scores.device),
     "popcount_bits": lambda words: torch.empty((), dtype=torch.int64, device=words.device),
+    "overlap_bits": lambda a, b: torch.empty(2, dtype=torch.int64, device=a.device),
 }
 _CSRC_FAKES = _FAKES | {"bernoulli_bits": lambda *args: None}
 
@@ -190,3 +198,4 @@ square_accumulate_ = torch.ops.childtune.square_accumulate_
 bernoulli_bits = torch.ops.childtune.bernoulli_bits
 threshold_bits = torch.ops.childtune.threshold_bits
 popcount_bits = torch.ops.childtune.popcount_bits
+overlap_bits = torch.ops.childtune.overlap_bits

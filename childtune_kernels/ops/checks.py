@@ -144,10 +144,20 @@ def check_scores(scores: Tensor) -> None:
         )
 
 
-def check_packed(words: Tensor) -> None:
-    """Check `popcount_bits`' words."""
+def check_packed(label: str, words: Tensor) -> None:
+    """Check packed bits of any number."""
     if words.dtype != torch.int32 or not words.is_contiguous():
-        raise RuntimeError(f"words must be contiguous int32, got {words.dtype} of strides {words.stride()}")
+        raise RuntimeError(f"{label} must be contiguous int32, got {words.dtype} of strides {words.stride()}")
+
+
+def check_overlap(a: Tensor, b: Tensor) -> None:
+    """Check `overlap_bits`' words."""
+    check_packed("a", a)
+    check_packed("b", b)
+    if a.shape != b.shape or a.device != b.device:
+        raise RuntimeError(
+            f"b must have a's shape {tuple(a.shape)} and device {a.device}, got {tuple(b.shape)} and {b.device}"
+        )
 
 
 def _check_like(label: str, value: Tensor, param: Tensor, dtypes: Sequence[torch.dtype]) -> None:

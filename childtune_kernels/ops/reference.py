@@ -246,6 +246,11 @@ def popcount_bits(words) -> Tensor:
     return unpack_bits(words, 32 * words.numel()).sum()
 
 
+def overlap_bits(a, b) -> Tensor:
+    """Count the set bits of ``a & b`` and of ``a | b``, int64 [2]."""
+    return torch.stack((popcount_bits(a & b), popcount_bits(a | b)))
+
+
 def pack_bits(bits: Tensor) -> Tensor:
     """Pack bools, in row-major order, into int32 words: bit i of word w is element 32 * w + i; spare bits are 0."""
     bits = torch.nn.functional.pad(bits.reshape(-1).to(torch.uint8), (0, -bits.numel() % 32))

@@ -12,6 +12,7 @@ from .triton_launch import INTERPRET, OPTIONS, on_device, widened
 from .triton_philox import keep_bits
 
 _BLOCK = 4096  # bits a program
+_COUNT_BLOCK = 2048  # words a program of _overlap_kernel
 
 
 @triton.jit
@@ -41,15 +42,35 @@ def _threshold_bits_kernel(scores, words, numel, threshold, INTERPRET: tl.conste
     _store_bits(words, start, score >= threshold, numel, BLOCK)
 
 
-@triton.jit(do_not_specialize=["n_words"])
-def _popcount_kernel(words, count, n_words, BLOCK: tl.constexpr):
-    """grid: (ceil(n_words / BLOCK),); LLVM turns this into one popc instruction."""
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(words + offsets, mask=offsets < n_words, other=0).to(tl.uint32, bitcast=True)
+@triton.jit
+def _count_bits(words):
+    """Count the set bits of each word, int32; LLVM turns this into one popc instruction."""
+    x = words.to(tl.uint32, bitcast=True)
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24
-    tl.atomic_add(count, tl.sum(x.to(tl.int64), axis=0))
+    return ((((x + (x >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["n_words"])
+def _popcount_kernel(words, count, n_words, BLOCK: tl.constexpr):
+    """grid: (ceil(n_words / BLOCK),)"""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(words + offsets, mask=offsets < n_words, other=0)
+    tl.atomic_add(count, tl.sum(_count_bits(x), axis=0).to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["n_words"])
+def _overlap_kernel(a, b, counts, n_words, BLOCK: tl.constexpr):
+    """grid: (ceil(n_words / BLOCK),); counts: int64 [2], zeros. Only an unmasked load is 16 bytes wide."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= n_words:
+        x, y = tl.load(a + offsets), tl.load(b + offsets)
+    else:
+        inside = offsets < n_words
+        x, y = tl.load(a + offsets, mask=inside, other=0), tl.load(b + offsets, mask=inside, other=0)
+    tl.atomic_add(counts, tl.sum(_count_bits(x & y), axis=0).to(tl.int64), sem="relaxed")
+    tl.atomic_add(counts + 1, tl.sum(_count_bits(x | y), axis=0).to(tl.int64), sem="relaxed")
 
 
 def bernoulli_bits(numel, key, step, p, domain, offset, device) -> Tensor:
@@ -85,3 +106,14 @@ def popcount_bits(words) -> Tensor:
                 words, count, words.numel(), BLOCK=_BLOCK, **OPTIONS
             )
     return count
+
+
+def overlap_bits(a, b) -> Tensor:
+    """Launch `reference.overlap_bits`."""
+    counts = torch.zeros(2, dtype=torch.int64, device=a.device)
+    with on_device(a.device):
+        if a.numel():
+            _overlap_kernel[(triton.cdiv(a.numel(), _COUNT_BLOCK),)](
+                a, b, counts, a.numel(), BLOCK=_COUNT_BLOCK, **OPTIONS
+            )
+    return counts

@@ -55,4 +55,26 @@ Tensor popcount_bits(const Tensor& words) {
   return result;
 }
 
+Tensor overlap_bits(const Tensor& a, const Tensor& b) {
+  check_overlap(a, b);
+  const auto* x = static_cast<const uint32_t*>(a.const_data_ptr());
+  const auto* y = static_cast<const uint32_t*>(b.const_data_ptr());
+  std::atomic<int64_t> both{0}, either{0};
+  parallel_elements({a.numel()}, [&](size_t, int64_t first, int64_t last) {
+    int64_t in_both = 0, in_either = 0;
+#pragma omp simd reduction(+ : in_both, in_either)
+    for (int64_t i = first; i < last; ++i) {
+      in_both += count_bits(x[i] & y[i]);
+      in_either += count_bits(x[i] | y[i]);
+    }
+    both += in_both;
+    either += in_either;
+  });
+  const Tensor result = torch::stable::new_empty(a, {2}, ScalarType::Long);
+  auto* const counts = static_cast<int64_t*>(result.mutable_data_ptr());
+  counts[0] = both;
+  counts[1] = either;
+  return result;
+}
+
 }  // namespace childtune
