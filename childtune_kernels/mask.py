@@ -143,14 +143,27 @@ class ChildMask:
         flat[index] &= valid
         return self._with(flat)
 
-    def check(self, model: nn.Module) -> None:
-        """Refuse a model that this mask is not for; parameters that the mask does not name may be anything.
+    def check(self, other: nn.Module | ChildMask) -> None:
+        """Refuse a model that this mask is not for, or a mask of another model.
+
+        A model may have any parameters beside those that the mask names; another mask may not.
 
         Raises:
-            ValueError: the model lacks parameters that the mask names, or has them in other shapes; it names them.
+            ValueError: naming the parameters that are missing, of other shapes or, in a mask, too many.
         """
-        shapes = {name: param.shape for name, param in model.named_parameters(remove_duplicate=False)}
-        _refuse_difference("the model", self._shapes, {name: shapes[name] for name in self if name in shapes})
+        if isinstance(other, ChildMask):
+            what, shapes = "the other mask", other._shapes
+        else:
+            every = {name: param.shape for name, param in other.named_parameters(remove_duplicate=False)}
+            what, shapes = "the model", {name: every[name] for name in self if name in every}
+        differing = [name for name in {**self._shapes, **shapes} if self._shapes.get(name) != shapes.get(name)]
+        if differing:
+            sides = [{name: tuple(shape) for name, shape in side.items()} for side in (self._shapes, shapes)]
+            wanted, found = ({name: side.get(name, "none") for name in differing} for side in sides)
+            raise ValueError(
+                f"{what} must have this mask's parameters, of these shapes; {len(differing)} differ: "
+                + _listed([f"{name!r} (expected {wanted[name]}, got {found[name]})" for name in differing])
+            )
 
     @torch.no_grad()
     def prune(self, model: nn.Module) -> None:
@@ -246,12 +259,12 @@ class ChildMask:
     def _combine(self, other: ChildMask, operation: Callable[[Tensor, Tensor], Tensor]) -> ChildMask:
         if not isinstance(other, ChildMask):
             return NotImplemented
-        _refuse_difference("the other mask", self._shapes, other._shapes)
+        self.check(other)
         return self._with(operation(self._flat, other._flat.to(self.device)))
 
     def _overlap(self, other: ChildMask, name: str | None = None) -> Tensor:
         """Return how many weights both have, and how many at least one has, int64 [2]."""
-        _refuse_difference("the other mask", self._shapes, other._shapes)
+        self.check(other)
         a, b = (m._flat if name is None else m.words(name) for m in (self, other))
         return ops.overlap_bits(a, b.to(self.device))
 
@@ -311,18 +324,6 @@ def _words(numel: int) -> int:
 def _padded(numel: int) -> int:
     """Return the words that a parameter takes with its padding."""
     return _words(numel) + -_words(numel) % (_ALIGNMENT // 4)
-
-
-def _refuse_difference(what: str, expected: Mapping[str, torch.Size], got: Mapping[str, torch.Size]) -> None:
-    """Refuse a model or mask whose parameters are not those of this mask, naming what differs."""
-    differing = [name for name in {**expected, **got} if expected.get(name) != got.get(name)]
-    if differing:
-        sides = [{name: tuple(shape) for name, shape in side.items()} for side in (expected, got)]
-        wanted, found = ({name: side.get(name, "none") for name in differing} for side in sides)
-        raise ValueError(
-            f"{what} must have this mask's parameters, of these shapes; {len(differing)} differ: "
-            + _listed([f"{name!r} (expected {wanted[name]}, got {found[name]})" for name in differing])
-        )
 
 
 def _listed(items: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ import torch
 
 from .. import __version__, ops
 from ._digits import METHODS, TUNING_SEED, Images, Protocol, Task, fine_tune, load_task, pretrain
+from ._text import markdown, output_file
 from ._timing import machine
 
 PROTOCOL = Protocol()
@@ -33,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"any of {','.join(METHODS)}, separated by commas (default: all)",
     )
     parser.add_argument("--device", type=_device, default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--plot", type=_file(".png"), metavar="FILE.png", help="write the learning curves here")
-    parser.add_argument("--json", type=_file(".json"), metavar="FILE.json", help="write all numbers here")
+    parser.add_argument("--plot", type=output_file(".png"), metavar="FILE.png", help="write the learning curves here")
+    parser.add_argument("--json", type=output_file(".json"), metavar="FILE.json", help="write all numbers here")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -160,7 +161,7 @@ def paired(results: dict, method: str) -> list[float] | None:
 
 
 def table(results: dict) -> list[str]:
-    """Return the table as lines of Markdown, which are also readable as they are."""
+    """Return the table as lines of Markdown."""
     header = ["method", "lr", "accuracy, %", "min .. max", "minus vanilla", "optimizer, ms/step", "implementation"]
     rows = [header]
     for method, scores in results["methods"].items():
@@ -177,9 +178,7 @@ def table(results: dict) -> list[str]:
                 scores["implementation"],
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    return [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in rows]
+    return markdown(rows)
 
 
 def _with_spread(values: list[float], form: str, divisor: float) -> str:
@@ -257,13 +256,3 @@ def _device(text: str) -> str:
     if text == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError("expected a device that torch sees, got 'cuda': torch sees no CUDA device")
     return text
-
-
-def _file(suffix: str) -> Callable[[str], Path]:
-    def parse(text: str) -> Path:
-        path = Path(text)
-        if path.suffix != suffix or not path.absolute().parent.is_dir():
-            raise argparse.ArgumentTypeError(f"expected a {suffix} file in a folder that exists, got {text!r}")
-        return path
-
-    return parse
