@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a CUDA machine: build csrc, run the GPU tests, look for bad memory accesses, measure. `make gpu` calls this.
-#   PYTHON    an interpreter with a CUDA torch, Triton, pytest and setuptools   (default: python3)
+#   PYTHON    an interpreter with a CUDA torch, Triton, safetensors, pytest and setuptools   (default: python3)
 #   RESULTS   where the JSON files go                                          (default: benchmarks/results)
 #   STEPS     which of the parts to do                                         (default: all of them)
 set -euo pipefail
