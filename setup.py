@@ -18,8 +18,9 @@ MODE = os.environ.get("CHILDTUNE_BUILD_EXT", "auto")
 if MODE not in ("auto", "0", "1"):
     raise SystemExit(f"CHILDTUNE_BUILD_EXT must be auto, 0 or 1, got {MODE!r}")
 
-CPU_SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("adamw", "bitmask", "fisher", "loops", "loops_avx2", "loops_avx512")]
-CUDA_SOURCES = [f"csrc/cuda/{name}.cu" for name in ("adamw", "bitmask", "fisher")]
+OP_FAMILIES = ("adamw", "bitmask", "fisher", "selection")
+CPU_SOURCES = [f"csrc/cpu/{name}.cpp" for name in (*OP_FAMILIES, "loops", "loops_avx2", "loops_avx512")]
+CUDA_SOURCES = [f"csrc/cuda/{name}.cu" for name in OP_FAMILIES]
 # The stable ABI of torch 2.10: one library serves every later torch.
 MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 # The bit contract forbids contraction; errno and traps, which nobody reads, would keep loops from vectorising.

@@ -41,7 +41,10 @@ def bits(impl: str) -> None:
         kernels.overlap_bits(words[1:], words[1:])
         for dtype in (torch.float32, torch.bfloat16):
             scores = torch.randn(numel, device="cuda").to(dtype)
-            kernels.threshold_bits(scores, 0.1)
+            misaligned = scores[1:]
+            kernels.threshold_bits([scores, misaligned], [0.1, 0.1], [0, numel], True)
+            for shift, digits in ((21, 11), (28, 4), (0, 0)):
+                kernels.score_histogram([scores, misaligned], [0, 2**31], shift, digits)
             kernels.square_accumulate_([torch.zeros(numel, device="cuda")], [scores], 0.5)
 
 

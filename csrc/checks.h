@@ -13,6 +13,7 @@
 #include "adamw.h"
 #include "bitmask.h"
 #include "ops.h"
+#include "score.h"
 
 namespace childtune {
 
@@ -141,9 +142,39 @@ inline void check_bernoulli(const Tensor& words, int64_t numel, int64_t step, do
   check_array([] { return "words"; }, words, ScalarType::Int, words_for(numel), words);
 }
 
-inline void check_scores(const Tensor& scores) {
-  if (!is_weight_dtype(scores.scalar_type()) || !scores.is_contiguous())
-    refuse("scores must be contiguous Float, BFloat16 or Half, got ", toString(scores.scalar_type()));
+inline void check_scores(const Tensors& scores, const char* name, size_t length) {
+  if (length != scores.size()) refuse(name, " must have ", scores.size(), " entries, one a tensor, got ", length);
+  for (size_t i = 0; i < scores.size(); ++i) {
+    check_weight_dtype("scores", i, scores[i]);
+    check_array([&] { return at("scores", i); }, scores[i], scores[i].scalar_type(), scores[i].numel(), scores[0]);
+  }
+}
+
+inline void check_histogram(const Tensors& scores, const std::vector<int64_t>& firsts, int64_t shift, int64_t digits) {
+  check_scores(scores, "firsts", firsts.size());
+  if (digits < 0 || digits > kMaxDigits || shift < 0 || shift >= 32 || shift + digits > 32)
+    refuse("digits must be in [0, ", kMaxDigits, "], shift in [0, 32) and their sum at most 32, got ", digits, " and ",
+           shift);
+  for (size_t i = 0; i < firsts.size(); ++i) {
+    if (firsts[i] < 0 || firsts[i] > (int64_t{1} << 32) - (int64_t{1} << (shift + digits)))
+      refuse(at("firsts", i), " must be in [0, 2**32 - 2**", shift + digits, "], got ", firsts[i]);
+  }
+}
+
+inline void check_thresholds(const Tensors& scores, const std::vector<double>& thresholds,
+                             const std::vector<int64_t>& tie_ends) {
+  check_scores(scores, "thresholds", thresholds.size());
+  check_scores(scores, "tie_ends", tie_ends.size());
+  for (size_t i = 0; i < tie_ends.size(); ++i) {
+    if (tie_ends[i] < 0) refuse(at("tie_ends", i), " must be at least 0, got ", tie_ends[i]);
+  }
+}
+
+// Where each tensor's packed bits start in a buffer of all, and where the last one's end.
+inline std::vector<int64_t> first_words(const Tensors& tensors) {
+  std::vector<int64_t> starts{0};
+  for (const Tensor& tensor : tensors) starts.push_back(starts.back() + words_for(tensor.numel()));
+  return starts;
 }
 
 inline void check_words(const Tensor& words) {

@@ -32,7 +32,10 @@ void square_accumulate_(const Tensors& accumulators, const Tensors& grads, doubl
 void bernoulli_bits(const Tensor& words, int64_t numel, int64_t key, int64_t step, double p, int64_t domain,
                     int64_t offset);
 
-Tensor threshold_bits(const Tensor& scores, double threshold);
+Tensor score_histogram(const Tensors& scores, const std::vector<int64_t>& firsts, int64_t shift, int64_t digits);
+
+Tensor threshold_bits(const Tensors& scores, const std::vector<double>& thresholds,
+                      const std::vector<int64_t>& tie_ends, bool lowest);
 
 Tensor popcount_bits(const Tensor& words);
 

@@ -10,6 +10,7 @@ STABLE_TORCH_LIBRARY_IMPL(childtune, CHILDTUNE_DEVICE, m) {
   m.impl("adamw_masked_.csrc", TORCH_BOX(&childtune::adamw_masked_));
   m.impl("square_accumulate_.csrc", TORCH_BOX(&childtune::square_accumulate_));
   m.impl("bernoulli_bits.csrc", TORCH_BOX(&childtune::bernoulli_bits));
+  m.impl("score_histogram.csrc", TORCH_BOX(&childtune::score_histogram));
   m.impl("threshold_bits.csrc", TORCH_BOX(&childtune::threshold_bits));
   m.impl("popcount_bits.csrc", TORCH_BOX(&childtune::popcount_bits));
   m.impl("overlap_bits.csrc", TORCH_BOX(&childtune::overlap_bits));

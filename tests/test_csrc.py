@@ -213,8 +213,8 @@ def test_threshold_and_popcount_bits(dtype):
         scores = torch.randint(-4, 5, (numel,), generator=torch.Generator().manual_seed(3)).to(dtype)
         scores[::7] = float("nan")
         for threshold in (1.0, 1.0001, -float("inf"), float("inf"), float("nan")):
-            expected = reference.threshold_bits(scores, threshold)
-            words = functions.threshold_bits(scores, threshold)
+            expected = reference.threshold_bits([scores], [threshold], [numel])
+            words = functions.threshold_bits([scores], [threshold], [numel], False)
             assert torch.equal(words, expected), (numel, threshold)
             count = functions.popcount_bits(words)
             assert count.dtype == torch.int64 and count.shape == () and count == reference.popcount_bits(expected)
@@ -229,6 +229,19 @@ def test_overlap_bits(threads):
         a, b = words.to(torch.int32)
         counts = implementation("csrc", "cpu").overlap_bits(a, b)
         assert torch.equal(counts, reference.overlap_bits(a, b)), n_words
+
+
+@needs_csrc
+@pytest.mark.parametrize("threads", (1, 3))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_score_histogram(dtype, threads):
+    torch.set_num_threads(threads)
+    scores = make_lists(dtype, torch.float32)[0]
+    scores[0].view(-1)[:6] = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-42]).to(dtype)
+    for shift, digits in ((21, 11), (16, 8), (28, 4), (31, 1), (0, 0)):
+        firsts = [(0x3F000000 + 0x01234567 * i) % (2**32 - 2 ** (shift + digits) + 1) for i in range(len(scores))]
+        expected = reference.score_histogram(scores, firsts, shift, digits)
+        assert torch.equal(implementation("csrc", "cpu").score_histogram(scores, firsts, shift, digits), expected)
 
 
 @needs_csrc
@@ -290,8 +303,18 @@ def test_bad_extras_raise():
         functions.bernoulli_bits(8, 1, 0, 0.5, 0, 0, CPU)
     with pytest.raises(RuntimeError, match=r"accumulators\[0\] must be Float, got Half"):
         functions.square_accumulate_([torch.zeros(3).half()], [torch.zeros(3)], 1.0)
-    with pytest.raises(RuntimeError, match="scores must be contiguous"):
-        functions.threshold_bits(torch.zeros(3, 3).t(), 0.0)
+    with pytest.raises(RuntimeError, match=r"scores\[0\] must be contiguous"):
+        functions.threshold_bits([torch.zeros(3, 3).t()], [0.0], [9], False)
+    with pytest.raises(RuntimeError, match=r"scores\[0\] must be Float, BFloat16 or Half, got Double"):
+        functions.score_histogram([torch.zeros(3).double()], [0], 0, 4)
+    with pytest.raises(RuntimeError, match="firsts must have 1 entries, one a tensor, got 2"):
+        functions.score_histogram([torch.zeros(3)], [0, 0], 0, 4)
+    with pytest.raises(RuntimeError, match=r"digits must be in \[0, 11\].* got 12 and 0"):
+        functions.score_histogram([torch.zeros(3)], [0], 0, 12)
+    with pytest.raises(RuntimeError, match=r"firsts\[0\] must be in .*, got 4294967295"):
+        functions.score_histogram([torch.zeros(3)], [2**32 - 1], 0, 1)
+    with pytest.raises(RuntimeError, match=r"tie_ends\[0\] must be at least 0, got -1"):
+        functions.threshold_bits([torch.zeros(3)], [0.0], [-1], False)
     with pytest.raises(RuntimeError, match="words must be Int, got Long"):
         functions.popcount_bits(torch.zeros(3, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="b must have 3 elements, got 4"):
@@ -315,7 +338,7 @@ NVCC = shutil.which("nvcc")
 
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-@pytest.mark.parametrize("source", ("adamw", "bitmask", "fisher"))
+@pytest.mark.parametrize("source", ("adamw", "bitmask", "fisher", "selection"))
 def test_cuda_sources_compile_without_spills(source, tmp_path):
     include = Path(torch.__file__).parent / "include"
     command = [NVCC, "-c", f"{ROOT}/csrc/cuda/{source}.cu", "-o", f"{tmp_path}/{source}.o", f"-I{include}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 
 import pytest
 import torch
@@ -186,7 +187,7 @@ def test_square_accumulate_against_fp64(place):
 @pytest.mark.parametrize("numel", [s[0] for s in SHAPES if len(s) == 1] + [37 * 29, 100_003])
 def test_threshold_bits_over_sizes(numel, dtype, place):
     scores = torch.rand(numel, generator=torch.Generator().manual_seed(numel)).to(dtype)
-    words = place.kernels.threshold_bits(scores.to(place.device), 0.625)
+    words = place.kernels.threshold_bits([scores.to(place.device)], [0.625], [numel])
     assert words.dtype == torch.int32 and words.shape == ((numel + 31) // 32,)
     assert torch.equal(ops.unpack_bits(words, numel).cpu(), scores.double() >= 0.625)
     assert not ops.unpack_bits(words, 32 * words.numel())[numel:].any(), "spare bits must be 0"
@@ -197,16 +198,39 @@ def test_threshold_bits_of_special_scores(dtype, place):
     inf, nan = math.inf, math.nan
     scores = torch.tensor([0.0, -0.0, nan, inf, -inf, 0.5, torch.finfo(dtype).smallest_normal], dtype=dtype)
     for threshold in (0.0, 0.5, inf, -inf, nan):
-        bits = ops.unpack_bits(place.kernels.threshold_bits(scores.to(place.device), threshold), 7).cpu()
-        assert bits.tolist() == [score >= threshold for score in scores.tolist()], threshold
+        for lowest, beyond in ((False, operator.gt), (True, operator.lt)):
+            for tie_end in (0, 1, 7):
+                words = place.kernels.threshold_bits([scores.to(place.device)], [threshold], [tie_end], lowest)
+                expected = [
+                    beyond(score, threshold) or (score == threshold and i < tie_end)
+                    for i, score in enumerate(scores.tolist())
+                ]
+                assert ops.unpack_bits(words, 7).tolist() == expected, (threshold, lowest, tie_end)
 
 
 def test_threshold_bits_round_the_threshold_to_fp32_only(dtype, place):
     """1.001 lies between 1 and the next bf16 value, 0.1 between two fp32 values: 1 is below it, 0.1 in fp32 is not."""
     scores = torch.tensor([1.0, 1.5], dtype=dtype, device=place.device)
-    assert ops.unpack_bits(place.kernels.threshold_bits(scores, 1.001), 2).tolist() == [False, True]
+    assert ops.unpack_bits(place.kernels.threshold_bits([scores], [1.001], [2]), 2).tolist() == [False, True]
     scores = torch.tensor([0.7], device=place.device)
-    assert ops.unpack_bits(place.kernels.threshold_bits(scores, 0.7), 1).tolist() == [True]
+    assert ops.unpack_bits(place.kernels.threshold_bits([scores], [0.7], [1]), 1).tolist() == [True]
+
+
+def test_threshold_bits_of_a_list(place):
+    """Words follow each other; every tensor has its own threshold and end of ties."""
+    case = Case(place.device)
+    scores = case.new_grads()
+    thresholds = [0.5 - 0.25 * (i % 5) for i in range(len(scores))]
+    for tensor, threshold in zip(scores, thresholds, strict=True):
+        tensor.view(-1)[::3] = threshold  # exact in 16 bits
+    tie_ends = [tensor.numel() // (i % 3 + 1) for i, tensor in enumerate(scores)]
+    words = place.kernels.threshold_bits(scores, thresholds, tie_ends)
+    sizes = [(tensor.numel() + 31) // 32 for tensor in scores]
+    for tensor, own, threshold, tie_end in zip(scores, words.split(sizes), thresholds, tie_ends, strict=True):
+        flat = tensor.view(-1).double().cpu()
+        expected = (flat > threshold) | ((flat == threshold) & (torch.arange(flat.numel()) < tie_end))
+        assert torch.equal(ops.unpack_bits(own, flat.numel()).cpu(), expected)
+    assert case.guards.intact()
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (31, 33), (4, 0)], ids=str)

@@ -50,7 +50,12 @@ def tensors_of(given: dict) -> list[torch.Tensor]:
 OTHERS = {
     "square_accumulate_": lambda device: ([torch.zeros(5, device=device)], [torch.randn(5, device=device)], 0.5),
     "bernoulli_bits": lambda device: (70, -(2**63), 2**24 - 1, 0.3, 0, 2**34, torch.device(device)),
-    "threshold_bits": lambda device: (torch.randn(70, device=device), 0.25),
+    "score_histogram": lambda device: (
+        [torch.randn(70, device=device), torch.zeros(3, 5, device=device).half()], [2**31, 0], 20, 11
+    ),
+    "threshold_bits": lambda device: (
+        [torch.randn(70, device=device), torch.zeros(3, 5, device=device).half()], [0.25, 0.0], [0, 2**40], True
+    ),
     "popcount_bits": lambda device: (torch.tensor([3, -1], dtype=torch.int32, device=device),),
     "overlap_bits": lambda device: tuple(torch.tensor([[3, -1], [6, 8]], dtype=torch.int32, device=device)),
 }
@@ -123,9 +128,10 @@ def test_compiled_bit_ops_equal_eager(device):
     def count(scores):
         accumulator = torch.zeros_like(scores)
         torch.ops.childtune.square_accumulate_([accumulator], [scores], 2.0)
-        words = torch.ops.childtune.threshold_bits(accumulator, 0.25)
+        words = torch.ops.childtune.threshold_bits([accumulator], [0.25], [70])
+        counts = torch.ops.childtune.score_histogram([accumulator], [0], 21, 11)
         kept = torch.ops.childtune.bernoulli_bits(70, 5, 1, 0.5, 0, 0, scores.device)
-        return torch.ops.childtune.popcount_bits(words & kept), accumulator
+        return torch.ops.childtune.popcount_bits(words & kept), accumulator, counts
 
     scores = torch.randn(70, device=device)
     expected, got = count(scores), torch.compile(count, fullgraph=True, backend="aot_eager")(scores)
@@ -137,6 +143,7 @@ def test_empty_lists_are_a_no_op(op):
     given = {k: [] if isinstance(v, list) else v for k, v in arguments().items()}
     getattr(ops, op)(*positional(op, {**given, "hyper": torch.empty(0, 9, dtype=torch.float64)}))
     ops.square_accumulate_([], [], 1.0)
+    assert ops.score_histogram([], [], 0, 4).shape == (0, 17) and ops.threshold_bits([], [], []).shape == (0,)
 
 
 def _set(name, index, value):
@@ -260,8 +267,18 @@ SCORES = torch.zeros(4, 6)
         ("bernoulli_bits", (8, 0, 1, 1.01, 0, 0, CPU), r"p must be in \[2\*\*-32, 1\], got 1.01"),
         ("bernoulli_bits", (8, 0, 1, math.nan, 0, 0, CPU), r"p must be in \[2\*\*-32, 1\], got nan"),
         ("bernoulli_bits", (8, 0, 1, 0.5, -1, 0, CPU), r"domain must be in \[0, 2\*\*32\), got -1"),
-        ("threshold_bits", (SCORES.double(), 0.5), "scores must be contiguous .* got torch.float64"),
-        ("threshold_bits", (SCORES.t(), 0.5), r"scores must be contiguous .* got .*strides \(1, 6\)"),
+        ("score_histogram", ([SCORES], [], 0, 4), "firsts must have 1 entries, one a tensor, got 0"),
+        ("score_histogram", ([SCORES, SCORES.int()], [0, 0], 0, 4), r"scores\[1\] must be .* got torch.int32"),
+        ("score_histogram", ([SCORES], [0], 0, 12), r"digits must be in \[0, 11\], .* got 12 and 0"),
+        ("score_histogram", ([SCORES], [0], 29, 4), r"digits .* their sum at most 32, got 4 and 29"),
+        ("score_histogram", ([SCORES], [0], -1, 4), r"shift in \[0, 32\) .* got 4 and -1"),
+        ("score_histogram", ([SCORES], [2**32 - 1], 0, 1), r"firsts\[0\] must be in .* got 4294967295"),
+        ("score_histogram", ([SCORES], [-1], 0, 1), r"firsts\[0\] must be in .* got -1"),
+        ("threshold_bits", ([SCORES.double()], [0.5], [0]), r"scores\[0\] must be a contiguous .* got torch.float64"),
+        ("threshold_bits", ([SCORES.t()], [0.5], [0]), r"scores\[0\] must be a contiguous .* got .*strides \(1, 6\)"),
+        ("threshold_bits", ([SCORES], [], [0]), "thresholds must have 1 entries, one a tensor, got 0"),
+        ("threshold_bits", ([SCORES], [0.5], [0, 0]), "tie_ends must have 1 entries, one a tensor, got 2"),
+        ("threshold_bits", ([SCORES], [0.5], [-1]), r"tie_ends\[0\] must be at least 0, got -1"),
         ("popcount_bits", (SCORES.long(),), "words must be contiguous int32, got torch.int64"),
         ("popcount_bits", (SCORES.int().t(),), r"words must be contiguous int32, got .*strides \(1, 6\)"),
         ("overlap_bits", (SCORES, SCORES.int()), "a must be contiguous int32, got torch.float32"),

@@ -17,7 +17,13 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from childtune_kernels.ops import triton_adamw, triton_bitmask, triton_fisher, triton_scalars  # noqa: E402
+from childtune_kernels.ops import (  # noqa: E402
+    triton_adamw,
+    triton_bitmask,
+    triton_fisher,
+    triton_scalars,
+    triton_selection,
+)
 
 FP32, BF16, FP16 = tl.float32, tl.bfloat16, tl.float16
 RULES = {"plain": 0, "bernoulli": 1, "child": 2, "child-decay-all": 3}
@@ -121,11 +127,6 @@ def test_bitmask(capability, tmp_path):
     numbers = {"numel": "i64", "key": "i64", "step": "i32", "last_kept": "i32", "domain": "i32", "offset": "i64"}
     kernels = (
         (triton_bitmask._bernoulli_bits_kernel, {"words": "*i32", **numbers}, block),
-        (
-            triton_bitmask._threshold_bits_kernel,
-            {"scores": "*fp32", "words": "*i32", "numel": "i64", "threshold": "fp32"},
-            {"INTERPRET": False, **block},
-        ),
         (triton_bitmask._popcount_kernel, {"words": "*i32", "count": "*i64", "n_words": "i64"}, block),
     )
     for kernel, signature, constants in kernels:
@@ -142,3 +143,20 @@ def test_overlap(capability, tmp_path):
     ptx, usage = build(kernel, signature, constants, capability, 4, tmp_path, aligned=("a", "b"))
     assert_no_spills(usage, BUDGET)
     assert "popc.b32" in ptx and ptx.count("ld.global.v4.b32") == 2 * triton_bitmask._COUNT_BLOCK // (128 * 4)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_selection(capability, dtype, tmp_path):
+    count, pack = triton_selection._count_kernel, triton_selection._bits_kernel
+    constants = dict(DTYPE=dtype, INTERPRET=False)
+    signature = {**LAYOUT, "counts": "*i64", "shift": "i32", "n_bins": "i32"}
+    sizes = dict(LANES=triton_selection._LANES, STEPS=triton_selection._STEPS)
+    built = [build(count, signature, constants | sizes, capability, 4, tmp_path)]
+    for lowest in (False, True):
+        sizes = dict(LOWEST=lowest, BLOCK=triton_selection._BLOCK)
+        built.append(build(pack, LAYOUT, constants | sizes, capability, 4, tmp_path))
+    for ptx, usage in built:
+        assert_no_spills(usage, 100)
+        assert ("ld.global.v4.b32" if dtype == FP32 else "ld.global.v2.b32") in ptx
+        assert not re.search(r"\.ftz", ptx)  # subnormal scores keep their order

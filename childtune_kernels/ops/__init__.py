@@ -22,6 +22,7 @@ import torch
 from . import checks, csrc, reference
 from .reference import HYPER_COLUMNS as HYPER_COLUMNS
 from .reference import pack_bits as pack_bits
+from .reference import score_of_key as score_of_key
 from .reference import unpack_bits as unpack_bits
 
 _UPDATE = (
@@ -36,13 +37,15 @@ _UPDATE = (
 # lrs           empty, or float32 [] per parameter, replacing hyper's lr: live under CUDA graphs
 # grad_scale    gradients are divided by it; found_inf: not 0, nothing is written; grad_norm: for max_grad_norm
 # keys          signed 64-bit stream keys; mask_words: int32 [ceil(numel / 32)], or [0] for the whole tensor
+# scores        like params; thresholds: one a tensor; digits: how many bits of the keys one histogram tells apart
 SCHEMAS = {
     "adamw_": _UPDATE.format(extra=""),
     "adamw_bernoulli_": _UPDATE.format(extra="int[] keys, "),
     "adamw_masked_": _UPDATE.format(extra="Tensor[] mask_words, bool decay_all, "),
     "square_accumulate_": "(Tensor(a!)[] accumulators, Tensor[] grads, float scale) -> ()",
     "bernoulli_bits": "(int numel, int key, int step, float p, int domain, int offset, Device device) -> Tensor",
-    "threshold_bits": "(Tensor scores, float threshold) -> Tensor",
+    "score_histogram": "(Tensor[] scores, int[] firsts, int shift, int digits) -> Tensor",
+    "threshold_bits": "(Tensor[] scores, float[] thresholds, int[] tie_ends, bool lowest=False) -> Tensor",
     "popcount_bits": "(Tensor words) -> Tensor",
     "overlap_bits": "(Tensor a, Tensor b) -> Tensor",
 }
@@ -51,6 +54,9 @@ _CSRC_SCHEMAS = SCHEMAS | {
     "bernoulli_bits": "(Tensor(a!) words, int numel, int key, int step, float p, int domain, int offset) -> ()"
 }
 IMPLEMENTATIONS = ("triton", "csrc", "reference")
+# How many bits of a key an implementation's `score_histogram` counts at its best: csrc in shared memory or cache,
+# Triton by comparing in registers. Each serves every width up to reference.MAX_DIGITS.
+_DIGITS = {"triton": 4, "csrc": 11, "reference": 11}
 
 _library = torch.library.Library("childtune", "FRAGMENT")  # held here: dropping it would unregister the ops
 
@@ -66,7 +72,7 @@ def unavailable(name: str, device_type: str) -> str | None:
 
 @functools.cache
 def implementation(name: str, device_type: str) -> SimpleNamespace:
-    """Return the functions of one implementation, one attribute an op, and its ``name``.
+    """Return the functions of one implementation, one attribute an op, its ``name`` and the ``digits`` it counts best.
 
     Args:
         name: "triton", "csrc", "reference", or "auto" for the fastest available one.
@@ -87,13 +93,13 @@ def implementation(name: str, device_type: str) -> SimpleNamespace:
         functions = {op: getattr(torch.ops.childtune, op).csrc for op in SCHEMAS}
         functions["bernoulli_bits"] = _csrc_bernoulli_bits
     elif name == "triton":
-        from . import triton_adamw, triton_bitmask, triton_fisher
+        from . import triton_adamw, triton_bitmask, triton_fisher, triton_selection
 
-        modules = (triton_adamw, triton_bitmask, triton_fisher)
+        modules = (triton_adamw, triton_bitmask, triton_fisher, triton_selection)
         functions = {op: next(getattr(m, op) for m in modules if hasattr(m, op)) for op in SCHEMAS}
     else:
         functions = {op: getattr(reference, op) for op in SCHEMAS}
-    return SimpleNamespace(name=name, **functions)
+    return SimpleNamespace(name=name, digits=_DIGITS[name], **functions)
 
 
 def _csrc_bernoulli_bits(numel, key, step, p, domain, offset, device):
@@ -145,9 +151,16 @@ def _bernoulli_bits(numel, key, step, p, domain, offset, device):
     return implementation("auto", device.type).bernoulli_bits(numel, key, step, p, domain, offset, device)
 
 
-def _threshold_bits(scores, threshold):
-    checks.check_scores(scores)
-    return implementation("auto", scores.device.type).threshold_bits(scores, threshold)
+def _score_histogram(scores, firsts, shift, digits):
+    checks.check_histogram(scores, firsts, shift, digits)
+    kernels = implementation("auto", scores[0].device.type) if scores else reference
+    return kernels.score_histogram(scores, firsts, shift, digits)
+
+
+def _threshold_bits(scores, thresholds, tie_ends, lowest=False):
+    checks.check_thresholds(scores, thresholds, tie_ends)
+    kernels = implementation("auto", scores[0].device.type) if scores else reference
+    return kernels.threshold_bits(scores, thresholds, tie_ends, lowest)
 
 
 def _popcount_bits(words):
@@ -164,6 +177,7 @@ _RUN = {
     **{op: _update_op(op) for op in ("adamw_", "adamw_bernoulli_", "adamw_masked_")},
     "square_accumulate_": _square_accumulate,
     "bernoulli_bits": _bernoulli_bits,
+    "score_histogram": _score_histogram,
     "threshold_bits": _threshold_bits,
     "popcount_bits": _popcount_bits,
     "overlap_bits": _overlap_bits,
@@ -177,7 +191,12 @@ def _words(numel: int, device) -> torch.Tensor:
 _FAKES = {
     **dict.fromkeys(("adamw_", "adamw_bernoulli_", "adamw_masked_", "square_accumulate_"), lambda *args: None),
     "bernoulli_bits": lambda numel, key, step, p, domain, offset, device: _words(numel, device),
-    "threshold_bits": lambda scores, threshold: _words(scores.numel(), scores.device),
+    "score_histogram": lambda scores, firsts, shift, digits: scores[0].new_empty(
+        (len(scores), 2**digits + 1), dtype=torch.int64
+    ),
+    "threshold_bits": lambda scores, *args: scores[0].new_empty(
+        sum((tensor.numel() + 31) // 32 for tensor in scores), dtype=torch.int32
+    ),
     "popcount_bits": lambda words: torch.empty((), dtype=torch.int64, device=words.device),
     "overlap_bits": lambda a, b: torch.empty(2, dtype=torch.int64, device=a.device),
 }
@@ -196,6 +215,7 @@ adamw_bernoulli_ = torch.ops.childtune.adamw_bernoulli_
 adamw_masked_ = torch.ops.childtune.adamw_masked_
 square_accumulate_ = torch.ops.childtune.square_accumulate_
 bernoulli_bits = torch.ops.childtune.bernoulli_bits
+score_histogram = torch.ops.childtune.score_histogram
 threshold_bits = torch.ops.childtune.threshold_bits
 popcount_bits = torch.ops.childtune.popcount_bits
 overlap_bits = torch.ops.childtune.overlap_bits

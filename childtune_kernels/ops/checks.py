@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import HYPER_COLUMNS
+from .reference import HYPER_COLUMNS, MAX_DIGITS
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -136,12 +136,38 @@ def check_probability(label: str, p: float) -> None:
         raise ValueError(f"{label} must be in [2**-32, 1], got {p}")
 
 
-def check_scores(scores: Tensor) -> None:
-    """Check `threshold_bits`' scores."""
-    if scores.dtype not in WEIGHT_DTYPES or not scores.is_contiguous():
-        raise RuntimeError(
-            f"scores must be contiguous float32, bfloat16 or float16, got {scores.dtype} of strides {scores.stride()}"
+def check_histogram(scores: Sequence[Tensor], firsts: Sequence[int], shift: int, digits: int) -> None:
+    """Check `score_histogram`'s arguments."""
+    _check_scores(scores, "firsts", firsts)
+    if not (0 <= digits <= MAX_DIGITS and 0 <= shift < 32 and shift + digits <= 32):
+        raise ValueError(
+            f"digits must be in [0, {MAX_DIGITS}], shift in [0, 32) and their sum at most 32, got {digits} and {shift}"
         )
+    for i, first in enumerate(firsts):
+        if not 0 <= first <= 2**32 - 2 ** (shift + digits):
+            raise ValueError(f"firsts[{i}] must be in [0, 2**32 - 2**{shift + digits}], got {first}")
+
+
+def check_thresholds(scores: Sequence[Tensor], thresholds: Sequence[float], tie_ends: Sequence[int]) -> None:
+    """Check `threshold_bits`' arguments."""
+    _check_scores(scores, "thresholds", thresholds)
+    _check_scores(scores, "tie_ends", tie_ends)
+    for i, tie_end in enumerate(tie_ends):
+        if tie_end < 0:
+            raise ValueError(f"tie_ends[{i}] must be at least 0, got {tie_end}")
+
+
+def _check_scores(scores: Sequence[Tensor], name: str, values: Sequence) -> None:
+    if len(values) != len(scores):
+        raise RuntimeError(f"{name} must have {len(scores)} entries, one a tensor, got {len(values)}")
+    for i, tensor in enumerate(scores):
+        if tensor.dtype not in WEIGHT_DTYPES or tensor.layout != torch.strided or not tensor.is_contiguous():
+            raise RuntimeError(
+                f"scores[{i}] must be a contiguous float32, bfloat16 or float16 tensor, got {tensor.dtype}, "
+                f"{f'strides {tensor.stride()}' if tensor.layout == torch.strided else tensor.layout}"
+            )
+        if tensor.device != scores[0].device:
+            raise RuntimeError(f"scores[{i}] must have the list's device {scores[0].device}, got {tensor.device}")
 
 
 def check_packed(label: str, words: Tensor) -> None:

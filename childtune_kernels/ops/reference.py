@@ -36,6 +36,7 @@ HYPER_COLUMNS = (
     "max_grad_norm",  # inf: no clipping
 )
 _CHUNK = 1 << 20  # random elements drawn at a time: bounds the int64 temporaries to a few tens of MB
+MAX_DIGITS = 11  # bits of a key that one score_histogram tells apart: 2048 counts fit any shared memory
 STEP_BITS = 24  # an fp32 step counter is exact below 2**24
 
 
@@ -236,9 +237,48 @@ def bernoulli_bits(numel, key, step, p, domain, offset, device) -> Tensor:
     return torch.cat(chunks)
 
 
-def threshold_bits(scores, threshold) -> Tensor:
-    """Pack ``scores >= threshold``, compared in fp32; NaN is below every threshold."""
-    return pack_bits(scores.float() >= threshold)  # 16-bit scores would round the threshold to 16 bit
+def score_keys(scores: Tensor) -> Tensor:
+    """Return 32-bit unsigned integers, as int64, in the order of the scores: -0 and 0 are one key, NaN has none."""
+    scores = scores.float()
+    bits = torch.where(scores == 0, 0.0, scores).view(torch.int32).to(torch.int64)
+    return torch.where(bits < 0, ~bits, bits | 0x80000000) & 0xFFFFFFFF
+
+
+def score_of_key(key: int) -> float:
+    """Return the score that has the key."""
+    bits = key ^ (0x80000000 if key >> 31 else 0xFFFFFFFF)
+    return float(np.array(bits, np.uint32).view(np.float32))
+
+
+def score_histogram(scores, firsts, shift, digits) -> Tensor:
+    """Count each tensor's scores by key, int64 [n, 2**digits + 1].
+
+    Entry d of a tensor's row counts the keys from first + d * 2**shift to first + (d + 1) * 2**shift - 1, the last
+    entry the NaNs; other keys are not counted.
+    """
+    bins = 1 << digits
+    counts = torch.zeros((len(scores), bins + 1), dtype=torch.int64, device=scores[0].device if scores else None)
+    for tensor, first, row in zip(scores, firsts, counts, strict=True):
+        for chunk in tensor.reshape(-1).split(_CHUNK):
+            digit = (score_keys(chunk) - first) >> shift  # below first: negative
+            digit = torch.where(chunk.isnan(), bins, torch.where((digit < 0) | (digit >= bins), bins + 1, digit))
+            row += torch.bincount(digit, minlength=bins + 2)[: bins + 1]
+    return counts
+
+
+def threshold_bits(scores, thresholds, tie_ends, lowest=False) -> Tensor:
+    """Pack the scores above their tensor's threshold, and those equal to it whose index is below its tie_end.
+
+    ``lowest``: the scores below it. Compared in fp32, which 16-bit scores are widened to; NaN is never kept. The
+    tensors' words follow each other, int32 [sum of ceil(numel / 32)].
+    """
+    packed = [torch.empty(0, dtype=torch.int32, device=scores[0].device if scores else None)]
+    for tensor, threshold, tie_end in zip(scores, thresholds, tie_ends, strict=True):
+        score = tensor.reshape(-1).float()  # 16-bit scores would round the threshold to 16 bit
+        bits = score < threshold if lowest else score > threshold
+        bits[:tie_end] |= score[:tie_end] == threshold
+        packed.append(pack_bits(bits))
+    return torch.cat(packed)
 
 
 def popcount_bits(words) -> Tensor:

@@ -1,4 +1,4 @@
-"""Packed bits in Triton: F's stream and thresholded scores into int32 words, and counting them."""
+"""Packed bits in Triton: F's stream into int32 words, and counting them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import philox
-from .triton_launch import INTERPRET, OPTIONS, on_device, widened
+from .triton_launch import OPTIONS, on_device
 from .triton_philox import keep_bits
 
 _BLOCK = 4096  # bits a program
@@ -16,7 +16,7 @@ _COUNT_BLOCK = 2048  # words a program of _overlap_kernel
 
 
 @triton.jit
-def _store_bits(words, start, bits, numel, BLOCK: tl.constexpr):
+def store_bits(words, start, bits, numel, BLOCK: tl.constexpr):
     """Pack BLOCK bools into words start / 32 ...; bits from ``numel`` on are 0."""
     inside = start + tl.arange(0, BLOCK) < numel
     lanes = tl.arange(0, 32)[None, :]
@@ -30,16 +30,7 @@ def _bernoulli_bits_kernel(words, numel, key, step, last_kept, domain, offset, B
     """grid: (ceil(numel / BLOCK),); 64-bit integers as int64, 32-bit words as their two's complement."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     bits = keep_bits(offset + start, key, step.to(tl.uint32), last_kept.to(tl.uint32), domain.to(tl.uint32), BLOCK)
-    _store_bits(words, start, bits, numel, BLOCK)
-
-
-@triton.jit(do_not_specialize=["numel"])
-def _threshold_bits_kernel(scores, words, numel, threshold, INTERPRET: tl.constexpr, BLOCK: tl.constexpr):
-    """grid: (ceil(numel / BLOCK),)"""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    offsets = start + tl.arange(0, BLOCK)
-    score = widened(tl.load(scores + offsets, mask=offsets < numel, other=0.0), INTERPRET)
-    _store_bits(words, start, score >= threshold, numel, BLOCK)
+    store_bits(words, start, bits, numel, BLOCK)
 
 
 @triton.jit
@@ -81,18 +72,6 @@ def bernoulli_bits(numel, key, step, p, domain, offset, device) -> Tensor:
         if numel:
             _bernoulli_bits_kernel[(triton.cdiv(numel, _BLOCK),)](
                 words, numel, key, philox.as_signed(step, 32), last_kept, domain, offset, BLOCK=_BLOCK, **OPTIONS
-            )
-    return words
-
-
-def threshold_bits(scores, threshold) -> Tensor:
-    """Launch `reference.threshold_bits`."""
-    numel = scores.numel()
-    words = torch.empty((numel + 31) // 32, dtype=torch.int32, device=scores.device)
-    with on_device(scores.device):
-        if numel:
-            _threshold_bits_kernel[(triton.cdiv(numel, _BLOCK),)](
-                scores, words, numel, threshold, INTERPRET=INTERPRET, BLOCK=_BLOCK, **OPTIONS
             )
     return words
 

@@ -1,4 +1,4 @@
-// Packed masks: drawn from the stream, cut from scores, counted.
+// Packed masks: drawn from the stream, counted.
 #include "../bitmask.h"
 
 #include <atomic>
@@ -17,27 +17,6 @@ void bernoulli_bits(const Tensor& words, int64_t numel, int64_t key, int64_t ste
     const uint64_t first_quad = static_cast<uint64_t>(offset + first) / 4;
     loops().bernoulli_words(out + first / kWordBits, last - first, first_quad, stream, last_kept_word(p));
   });
-}
-
-Tensor threshold_bits(const Tensor& scores, double threshold) {
-  check_scores(scores);
-  const int64_t numel = scores.numel();
-  const float cut = static_cast<float>(threshold);  // 16-bit scores are compared in fp32 too
-  const Tensor words = torch::stable::new_empty(scores, {words_for(numel)}, ScalarType::Int);
-  auto* out = static_cast<uint32_t*>(words.mutable_data_ptr());
-  dispatch_weights(scores.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const auto* score = static_cast<const T*>(scores.const_data_ptr());
-    parallel_elements({numel}, [&](size_t, int64_t first, int64_t last) {
-      for (int64_t start = first; start < last; start += kWordBits) {
-        const int n = static_cast<int>(std::min<int64_t>(kWordBits, last - start));
-        uint32_t bits = 0;
-        for (int i = 0; i < n; ++i) bits |= static_cast<uint32_t>(static_cast<float>(score[start + i]) >= cut) << i;
-        out[start / kWordBits] = bits;
-      }
-    });
-  });
-  return words;
 }
 
 Tensor popcount_bits(const Tensor& words) {

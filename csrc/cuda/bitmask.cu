@@ -1,4 +1,4 @@
-// Packed masks: drawn from the stream, cut from scores, counted.
+// Packed masks: drawn from the stream, counted.
 #include "../bitmask.h"
 
 #include "launch.cuh"
@@ -22,14 +22,6 @@ __global__ void bernoulli_kernel(uint32_t* out, int64_t numel, uint64_t first_qu
     for (int j = 0; j < 4; ++j) bits |= static_cast<uint32_t>(drawn[j] <= last_kept) << (i + j);
   }
   out[word] = bits & valid_bits(numel - word * kWordBits);
-}
-
-// One warp a word: lane i votes for bit i.
-template <typename T>
-__global__ void threshold_kernel(const T* scores, int64_t numel, float cut, uint32_t* out) {
-  const int64_t i = thread_index();
-  const uint32_t bits = __ballot_sync(~0u, i < numel && static_cast<float>(scores[i]) >= cut);
-  if (i < numel && i % kWordBits == 0) out[i / kWordBits] = bits;
 }
 
 __device__ void add_over_warp(unsigned long long count, unsigned long long* total) {
@@ -77,22 +69,6 @@ void bernoulli_bits(const Tensor& words, int64_t numel, int64_t key, int64_t ste
       static_cast<uint32_t*>(words.mutable_data_ptr()), numel, static_cast<uint64_t>(offset) / 4, stream,
       last_kept_word(p));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-Tensor threshold_bits(const Tensor& scores, double threshold) {
-  check_scores(scores);
-  const DeviceGuard guard(scores.get_device_index());
-  const int64_t numel = scores.numel();
-  const float cut = static_cast<float>(threshold);  // 16-bit scores are compared in fp32 too
-  const Tensor words = torch::stable::new_empty(scores, {words_for(numel)}, ScalarType::Int);
-  if (numel == 0) return words;
-  dispatch_weights(scores.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    threshold_kernel<<<blocks_for(numel, kThreads), kThreads, 0, current_stream(scores)>>>(
-        static_cast<const T*>(scores.const_data_ptr()), numel, cut, static_cast<uint32_t*>(words.mutable_data_ptr()));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  });
-  return words;
 }
 
 Tensor popcount_bits(const Tensor& words) {

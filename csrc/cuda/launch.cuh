@@ -52,9 +52,9 @@ __device__ const Record& find_record(const Table<Record>& table) {
   return table.records[low];
 }
 
-// Calls launch(table, blocks) as often as the records need. Record::numel elements take blocks of kTile; empty tensors
+// Calls launch(table, blocks) as often as the records need. Record::numel elements take blocks of `tile`; empty tensors
 // take none.
-template <typename Record, typename Launch>
+template <int tile = kTile, typename Record, typename Launch>
 void launch_tables(const std::vector<Record>& records, const Launch& launch) {
   Table<Record> table;
   table.size = 0;
@@ -70,7 +70,7 @@ void launch_tables(const std::vector<Record>& records, const Launch& launch) {
     if (record.numel == 0) continue;
     table.records[table.size] = record;
     table.records[table.size].first_block = blocks;
-    blocks += blocks_for(record.numel, kTile);
+    blocks += blocks_for(record.numel, tile);
     if (++table.size == Table<Record>::kCapacity) flush();
   }
   flush();
