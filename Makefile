@@ -17,7 +17,7 @@ demo: $(VENV)/.demo
 # The second run takes the Triton kernels through their interpreter, on a CPU: the sources that a GPU runs, slowly.
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/test_ops.py tests/test_philox.py tests/test_selection.py \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/test_ops.py tests/test_philox.py tests/test_selection.py tests/test_fisher_linear.py \
 		-k "triton-cpu and not accuracy and not scaling" $(INTERPRETED_ARGS)
 
 bench: $(VENV)/.demo

@@ -30,4 +30,7 @@ if wanted bench; then
     measure bert-large-bfloat16 --model bert-large --dtype bfloat16 --skip compiled released  # minutes; once will do
     measure bert-large-float32-group-each --model bert-large --group-each --only ours "torch AdamW fused"
     measure llama-7b-bfloat16 --model llama-7b --dtype bfloat16 --only "ours (triton)" "torch AdamW fused" --repeats 10
+    for what in fisher selection masks; do
+        PYTHONPATH=. "$PYTHON" "benchmarks/bench_$what.py" "$RESULTS/$GPU-$what.json"
+    done
 fi

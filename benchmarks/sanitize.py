@@ -43,9 +43,20 @@ def bits(impl: str) -> None:
             scores = torch.randn(numel, device="cuda").to(dtype)
             misaligned = scores[1:]
             kernels.threshold_bits([scores, misaligned], [0.1, 0.1], [0, numel], True)
-            for shift, digits in ((21, 11), (28, 4), (0, 0)):
-                kernels.score_histogram([scores, misaligned], [0, 2**31], shift, digits)
+            for second, shift, digits in ((0, 21, 11), (2**31, 20, 11), (0, 28, 4), (2**31, 0, 0)):
+                kernels.score_histogram([scores, misaligned], [0, second], shift, digits)
             kernels.square_accumulate_([torch.zeros(numel, device="cuda")], [scores], 0.5)
+
+
+def fisher() -> None:
+    """The sums of squared per-example gradients, in each of the kernel's ways to read."""
+    kernels = ops.implementation("triton", "cuda")
+    for b, t, o, i in ((2, 5, 7, 9), (1, 64, 64, 128), (2, 129, 130, 65), (2, 128, 128, 128), (3, 20, 48, 80)):
+        for dtype in (torch.float32, torch.bfloat16):
+            d = torch.randn(b, t, o, device="cuda").to(dtype)
+            kernels.fisher_linear_(torch.zeros(o, i, device="cuda"), d, torch.randn(b, t, i, device="cuda").to(dtype))
+            plain = torch.zeros(o, device="cuda")
+            kernels.fisher_columns_(torch.zeros(o, device="cuda"), d, torch.randn(b, t, o, device="cuda"), plain)
 
 
 if __name__ == "__main__":
@@ -57,5 +68,6 @@ if __name__ == "__main__":
                 step(impl, dtype, misaligned, masked=True)
                 step(impl, dtype, misaligned, masked=True, decay="all", max_grad_norm=1.0)
         bits(impl)
+    fisher()
     torch.cuda.synchronize()
     print("every kernel ran")

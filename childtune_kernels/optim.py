@@ -12,7 +12,8 @@ from torch import Tensor
 from . import ops, philox
 from .mask import ChildMask
 from .ops import checks
-from .plan import MOMENTS, Plan, check_group, require
+from .ops.checks import require
+from .plan import MOMENTS, Plan, check_group
 
 
 class ChildAdamW(torch.optim.Optimizer):

@@ -15,16 +15,11 @@ from torch import Tensor
 
 from . import ops, philox
 from .ops import checks
+from .ops.checks import require
 from .ops.fixed import Fixed, addresses
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = ("step", *MOMENTS)
-
-
-def require(name: str, got: Any, ok: bool, expected: str) -> None:
-    """Raise ValueError, naming the argument, what was expected and what came, unless ``ok``."""
-    if not ok:
-        raise ValueError(f"{name} must be {expected}, got {got!r}")
 
 
 def check_group(group: dict[str, Any]) -> None:

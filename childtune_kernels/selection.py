@@ -129,7 +129,9 @@ class _Scores:
         self.parts = []  # of each device: implementation, positions, tensors
         for device in dict.fromkeys(places):
             rows = np.array([i for i, place in enumerate(places) if place == device])
-            kernels = ops.implementation(impl, device.type)
+            # csrc takes 3 histograms where Triton takes 8: 335 M scores in 3.0 ms instead of 7.2, H200
+            compiled = impl == "auto" and ops.unavailable("csrc", device.type) is None
+            kernels = ops.implementation("csrc" if compiled else impl, device.type)
             self.parts.append((kernels, rows, Fixed(self.tensors[i] for i in rows)))
         self.digits = min(kernels.digits for kernels, _, _ in self.parts)
 

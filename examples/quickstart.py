@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from childtune_kernels import ChildAdamW, ChildMask, ops
+from childtune_kernels import ChildAdamW, estimate_fisher
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -17,6 +17,12 @@ def pretrained_model() -> nn.Module:
     """Stands for a model that somebody has trained before."""
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)).to(device)
+
+
+def per_example_loss(model: nn.Module, batch) -> torch.Tensor:
+    """One loss an example: what Fisher information is made of."""
+    x, y = batch
+    return cross_entropy(model(x), y, reduction="none")
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
@@ -43,19 +49,15 @@ def main() -> None:
 
     # D: the 10 % of the hidden layers' weights with the highest Fisher information; the head (layer 4) is trained fully
     model = pretrained_model()
-    scope = {name: param for name, param in model.named_parameters() if not name.startswith("4.")}
-    fisher = [torch.zeros_like(param) for param in scope.values()]
-    for x, y in zip(inputs.split(1), labels.split(1), strict=True):  # one example each: Eq. 10
-        grads = torch.autograd.grad(cross_entropy(model(x), y), list(scope.values()))
-        ops.square_accumulate_(fisher, [grad.contiguous() for grad in grads], 1 / len(inputs))
-    scores = torch.cat([score.view(-1) for score in fisher])
-    threshold = scores.topk(round(0.1 * scores.numel())).values[-1]
-    mask = ChildMask.from_dense({name: score >= threshold for name, score in zip(scope, fisher, strict=True)})
+    fisher = estimate_fisher(model, batches, per_example_loss)
+    mask = fisher.top(0.1, scope=lambda name: not name.startswith("4."))
+    scope = {name: param for name, param in model.named_parameters() if name in mask}
     before = {name: param.detach().clone() for name, param in scope.items()}
     optimizer = ChildAdamW(model.named_parameters(), lr=1e-3, mask=mask)
     print(f"Child-Tuning_D: loss {train(model, optimizer):.3f}\n{optimizer.describe()}")
     moved = sum(int((param != before[name]).sum()) for name, param in scope.items())
-    print(f"{mask!r}: {moved:,} of the hidden layers' {scores.numel():,} weights have moved")
+    weights = sum(param.numel() for param in scope.values())
+    print(f"{mask!r}: {moved:,} of the hidden layers' {weights:,} weights have moved")
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ def names() -> dict:
 
 
 def _blocks() -> dict[str, str]:
-    f, d, scores = BLOCKS
-    return {"F": f, "D": d, "scores": scores}
+    f, d = BLOCKS
+    return {"F": f, "D": d}
 
 
 def test_f_runs(names):
@@ -50,7 +50,6 @@ def test_f_runs(names):
 
 
 def test_d_runs_and_leaves_the_rest_alone(names, capsys):
-    exec(_blocks()["scores"], names)
     model = names["model"]
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
     exec(_blocks()["D"], names)

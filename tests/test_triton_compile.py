@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -21,6 +22,7 @@ from childtune_kernels.ops import (  # noqa: E402
     triton_adamw,
     triton_bitmask,
     triton_fisher,
+    triton_fisher_linear,
     triton_scalars,
     triton_selection,
 )
@@ -41,7 +43,7 @@ BUDGET = 72  # registers a thread, measured: up to here the updates reach the co
 CHILD_BUDGET = 40  # D waits for words before it loads, and lives from many programs at a time (54: 2.13 ms, 40: 1.99)
 
 
-def build(kernel, signature, constants, capability, num_warps, tmp_path, aligned=()):
+def build(kernel, signature, constants, capability, num_warps, tmp_path, aligned=(), num_stages=3):
     """Compile a kernel, for arguments at 16-byte boundaries where named; return its PTX and its resource usage."""
     names = kernel.arg_names
     source = ASTSource(
@@ -50,7 +52,7 @@ def build(kernel, signature, constants, capability, num_warps, tmp_path, aligned
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
@@ -160,3 +162,43 @@ def test_selection(capability, dtype, tmp_path):
         assert_no_spills(usage, 100)
         assert ("ld.global.v4.b32" if dtype == FP32 else "ld.global.v2.b32") in ptx
         assert not re.search(r"\.ftz", ptx)  # subnormal scores keep their order
+
+
+FISHER_SIZES = dict.fromkeys(("examples", "positions", "n_rows", "n_columns", "d_example", "d_position"), "i32")
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("d", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("kind", ["even", "masked", "unaligned"])
+def test_fisher_linear(capability, d, kind, tmp_path):
+    shared = {80: 166_912, 90: 232_448, 100: 232_448}[capability]  # bytes that a program may take
+    dtype = torch.float32 if d == FP32 else torch.bfloat16
+    for rows in (256, 4096):  # the small tile and the large one
+        tile = triton_fisher_linear.tile(dtype, rows, 4096, 512, kind != "unaligned", 132, shared)
+        constants = dict(
+            EVEN=kind == "even", INTERPRET=False, ROWS=tile.rows, COLUMNS=tile.columns, STEP=tile.step,
+            BAND=triton_fisher_linear._BAND,
+        )  # fmt: skip
+        signature = {"total": "*fp32", "d": f"*{d}", "x": f"*{d}", "x_example": "i32", "x_position": "i32"}
+        signature |= FISHER_SIZES
+        divisible = () if kind == "unaligned" else set(signature) - {"examples", "positions"}
+        options = dict(aligned=divisible, num_stages=tile.num_stages)
+        kernel = triton_fisher_linear._fisher_linear_kernel
+        ptx, usage = build(kernel, signature, constants, capability, tile.num_warps, tmp_path, **options)
+        assert_no_spills(usage, 255)
+        assert tile.num_stages * tile.step * (tile.rows + tile.columns) * dtype.itemsize <= shared
+        products = {FP32: "fma.rn", BF16: {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}[capability]}[d]
+        assert products in ptx and "tf32" not in ptx
+        assert kind == "unaligned" or "cp.async" in ptx
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("has", [False, True], ids=["alone", "factor"])
+def test_fisher_columns(capability, has, tmp_path):
+    given = {"plain_total": "*fp32", "factor": "*fp32"}
+    signature = {"total": "*fp32", "d": "*bf16", "factor_example": "i32", "factor_position": "i32"} | FISHER_SIZES
+    constants = dict(INTERPRET=False, ROWS=128, COLUMNS=triton_fisher_linear._COLUMN_TILE)
+    constants |= {} if has else dict.fromkeys(given)
+    kernel = triton_fisher_linear._fisher_columns_kernel
+    _, usage = build(kernel, signature | (given if has else {}), constants, capability, 4, tmp_path)
+    assert_no_spills(usage, 128)

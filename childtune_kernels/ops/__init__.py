@@ -36,6 +36,8 @@ _UPDATE = (
 # hyper         float64 [n, len(HYPER_COLUMNS)] on CPU
 # lrs           empty, or float32 [] per parameter, replacing hyper's lr: live under CUDA graphs
 # grad_scale    gradients are divided by it; found_inf: not 0, nothing is written; grad_norm: for max_grad_norm
+# total         float32 [O, I] or [O], float64 beside float64; d [B, T, O], x [B, T, I], factor [B, T, O]: any strides
+#               but the last dimension's; plain_total: [O], the same without factor
 # keys          signed 64-bit stream keys; mask_words: int32 [ceil(numel / 32)], or [0] for the whole tensor
 # scores        like params; thresholds: one a tensor; digits: how many bits of the keys one histogram tells apart
 SCHEMAS = {
@@ -43,6 +45,8 @@ SCHEMAS = {
     "adamw_bernoulli_": _UPDATE.format(extra="int[] keys, "),
     "adamw_masked_": _UPDATE.format(extra="Tensor[] mask_words, bool decay_all, "),
     "square_accumulate_": "(Tensor(a!)[] accumulators, Tensor[] grads, float scale) -> ()",
+    "fisher_linear_": "(Tensor(a!) total, Tensor d, Tensor x) -> ()",
+    "fisher_columns_": "(Tensor(a!) total, Tensor d, Tensor? factor=None, Tensor(b!)? plain_total=None) -> ()",
     "bernoulli_bits": "(int numel, int key, int step, float p, int domain, int offset, Device device) -> Tensor",
     "score_histogram": "(Tensor[] scores, int[] firsts, int shift, int digits) -> Tensor",
     "threshold_bits": "(Tensor[] scores, float[] thresholds, int[] tie_ends, bool lowest=False) -> Tensor",
@@ -53,6 +57,8 @@ SCHEMAS = {
 _CSRC_SCHEMAS = SCHEMAS | {
     "bernoulli_bits": "(Tensor(a!) words, int numel, int key, int step, float p, int domain, int offset) -> ()"
 }
+# Products and sums: torch's own libraries are the compiled way, so csrc has no kernel of its own.
+_WITHOUT_CSRC = ("fisher_linear_", "fisher_columns_")
 IMPLEMENTATIONS = ("triton", "csrc", "reference")
 # How many bits of a key an implementation's `score_histogram` counts at its best: csrc in shared memory or cache,
 # Triton by comparing in registers. Each serves every width up to reference.MAX_DIGITS.
@@ -90,12 +96,13 @@ def implementation(name: str, device_type: str) -> SimpleNamespace:
     elif reason := unavailable(name, device_type):
         raise RuntimeError(f"impl={name!r} is not available for {device_type} tensors: {reason}")
     if name == "csrc":
-        functions = {op: getattr(torch.ops.childtune, op).csrc for op in SCHEMAS}
+        functions = {op: getattr(torch.ops.childtune, op).csrc for op in SCHEMAS if op not in _WITHOUT_CSRC}
+        functions |= {op: getattr(reference, op) for op in _WITHOUT_CSRC}
         functions["bernoulli_bits"] = _csrc_bernoulli_bits
     elif name == "triton":
-        from . import triton_adamw, triton_bitmask, triton_fisher, triton_selection
+        from . import triton_adamw, triton_bitmask, triton_fisher, triton_fisher_linear, triton_selection
 
-        modules = (triton_adamw, triton_bitmask, triton_fisher, triton_selection)
+        modules = (triton_adamw, triton_bitmask, triton_fisher, triton_fisher_linear, triton_selection)
         functions = {op: next(getattr(m, op) for m in modules if hasattr(m, op)) for op in SCHEMAS}
     else:
         functions = {op: getattr(reference, op) for op in SCHEMAS}
@@ -146,6 +153,18 @@ def _square_accumulate(accumulators, grads, scale):
         mark_written(accumulators)
 
 
+def _fisher_linear(total, d, x):
+    checks.check_fisher(total, d, x, None, (d.shape[-1], x.shape[-1]))
+    implementation("auto", total.device.type).fisher_linear_(total, d, x)
+    mark_written([total])
+
+
+def _fisher_columns(total, d, factor=None, plain_total=None):
+    checks.check_fisher(total, d, factor, plain_total, (d.shape[-1],))
+    implementation("auto", total.device.type).fisher_columns_(total, d, factor, plain_total)
+    mark_written([total] if plain_total is None else [total, plain_total])
+
+
 def _bernoulli_bits(numel, key, step, p, domain, offset, device):
     checks.check_stream(numel, step, p, domain, offset)
     return implementation("auto", device.type).bernoulli_bits(numel, key, step, p, domain, offset, device)
@@ -176,6 +195,8 @@ def _overlap_bits(a, b):
 _RUN = {
     **{op: _update_op(op) for op in ("adamw_", "adamw_bernoulli_", "adamw_masked_")},
     "square_accumulate_": _square_accumulate,
+    "fisher_linear_": _fisher_linear,
+    "fisher_columns_": _fisher_columns,
     "bernoulli_bits": _bernoulli_bits,
     "score_histogram": _score_histogram,
     "threshold_bits": _threshold_bits,
@@ -190,6 +211,7 @@ def _words(numel: int, device) -> torch.Tensor:
 
 _FAKES = {
     **dict.fromkeys(("adamw_", "adamw_bernoulli_", "adamw_masked_", "square_accumulate_"), lambda *args: None),
+    **dict.fromkeys(_WITHOUT_CSRC, lambda *args: None),
     "bernoulli_bits": lambda numel, key, step, p, domain, offset, device: _words(numel, device),
     "score_histogram": lambda scores, firsts, shift, digits: scores[0].new_empty(
         (len(scores), 2**digits + 1), dtype=torch.int64
@@ -205,6 +227,8 @@ _CSRC_FAKES = _FAKES | {"bernoulli_bits": lambda *args: None}
 for _op in SCHEMAS:
     # csrc registers its kernels on the overload when its library is loaded
     for _overload, _schemas, _fakes in (("", SCHEMAS, _FAKES), (".csrc", _CSRC_SCHEMAS, _CSRC_FAKES)):
+        if _overload and _op in _WITHOUT_CSRC:
+            continue
         _library.define(_op + _overload + _schemas[_op], tags=torch.Tag.pt2_compliant_tag)
         torch.library.register_fake(f"childtune::{_op}{_overload}", _fakes[_op], lib=_library)
     _library.impl(_op, _RUN[_op], "CompositeExplicitAutograd")
@@ -214,6 +238,8 @@ adamw_ = torch.ops.childtune.adamw_
 adamw_bernoulli_ = torch.ops.childtune.adamw_bernoulli_
 adamw_masked_ = torch.ops.childtune.adamw_masked_
 square_accumulate_ = torch.ops.childtune.square_accumulate_
+fisher_linear_ = torch.ops.childtune.fisher_linear_
+fisher_columns_ = torch.ops.childtune.fisher_columns_
 bernoulli_bits = torch.ops.childtune.bernoulli_bits
 score_histogram = torch.ops.childtune.score_histogram
 threshold_bits = torch.ops.childtune.threshold_bits

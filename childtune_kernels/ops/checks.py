@@ -13,6 +13,12 @@ from .reference import HYPER_COLUMNS, MAX_DIGITS
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def require(name: str, got: Any, ok: bool, expected: str) -> None:
+    """Raise ValueError, naming the argument, what was expected and what came, unless ``ok``."""
+    if not ok:
+        raise ValueError(f"{name} must be {expected}, got {got!r}")
+
+
 def check_gradient(label: str, grad: Tensor, param: Tensor) -> None:
     """Refuse a gradient that does not mirror its parameter.
 
@@ -117,6 +123,31 @@ def check_accumulate(accumulators: Sequence[Tensor], grads: Sequence[Tensor]) ->
         _check_like(f"accumulators[{i}]", accumulator, grad, (torch.float32,))
         if grad.device != grads[0].device:
             raise RuntimeError(f"grads[{i}] must have the list's device {grads[0].device}, got {grad.device}")
+
+
+def check_fisher(
+    total: Tensor, d: Tensor, other: Tensor | None, second_total: Tensor | None, shape: tuple[int, ...]
+) -> None:
+    """Check the arguments of `fisher_linear_` and `fisher_columns_` before anything is written."""
+    if d.dim() != 3 or (other is not None and (other.dim() != 3 or other.shape[:2] != d.shape[:2])):
+        got = f"{tuple(d.shape)} and {None if other is None else tuple(other.shape)}"
+        raise RuntimeError(f"d and x or factor must have shapes [B, T, O] and [B, T, ...], got {got}")
+    if d.dtype not in (*WEIGHT_DTYPES, torch.float64):
+        raise RuntimeError(f"d must be of a floating dtype, got {d.dtype}")
+    if other is not None and len(shape) == 2 and other.dtype != d.dtype:
+        raise RuntimeError(f"x must have d's dtype {d.dtype}, got {other.dtype}")
+    for name, tensor in (("d", d), ("x or factor", other)):
+        if tensor is not None and tensor.shape[2] > 1 and tensor.stride(2) != 1:
+            raise RuntimeError(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
+    expected = torch.float64 if d.dtype == torch.float64 else torch.float32
+    for name, tensor, own in (("total", total, shape), ("second total", second_total, shape[:1])):
+        if tensor is None:
+            continue
+        if tensor.dtype != expected or tensor.shape != own or not tensor.is_contiguous() or tensor.device != d.device:
+            raise RuntimeError(
+                f"{name} must be a contiguous {expected} tensor of shape {own} on {d.device}, "
+                f"got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+            )
 
 
 def check_stream(numel: int, step: int, p: float, domain: int, offset: int) -> None:

@@ -35,6 +35,7 @@ HYPER_COLUMNS = (
     "hf_dialect",  # 0 torch, 1 hf
     "max_grad_norm",  # inf: no clipping
 )
+_PRODUCTS = 1 << 24  # elements of per-example gradients that fisher_linear_ holds at a time: 64 MB
 _CHUNK = 1 << 20  # random elements drawn at a time: bounds the int64 temporaries to a few tens of MB
 MAX_DIGITS = 11  # bits of a key that one score_histogram tells apart: 2048 counts fit any shared memory
 STEP_BITS = 24  # an fp32 step counter is exact below 2**24
@@ -226,6 +227,25 @@ def square_accumulate_(accumulators, grads, scale) -> None:
     for accumulator, grad in zip(accumulators, grads, strict=True):
         g = grad.float()
         accumulator.copy_(accumulator + (g * g) * torch.tensor(scale, dtype=torch.float32))
+
+
+def fisher_linear_(total, d, x) -> None:
+    """total[o, i] += sum_b (sum_t d[b, t, o] x[b, t, i])**2: one batch's Eq. 10 of a linear layer's weight."""
+    d, x = d.to(total.dtype), x.to(total.dtype)
+    if d.shape[1] == 1:  # one position: the square of a product is the product of squares
+        total.addmm_(d[:, 0].square().mT, x[:, 0].square())
+        return
+    chunk = max(1, _PRODUCTS // max(1, total.numel()))
+    for d_chunk, x_chunk in zip(d.split(chunk), x.split(chunk), strict=True):
+        total += torch.bmm(d_chunk.mT, x_chunk).square_().sum(0)
+
+
+def fisher_columns_(total, d, factor=None, plain_total=None) -> None:
+    """total[o] += sum_b (sum_t d[b, t, o] factor[b, t, o])**2: a scale's, without factor a shift's Eq. 10."""
+    d = d.to(total.dtype)
+    total += (d if factor is None else d * factor).sum(1).square_().sum(0)
+    if plain_total is not None:
+        plain_total += d.sum(1).square_().sum(0)
 
 
 def bernoulli_bits(numel, key, step, p, domain, offset, device) -> Tensor:

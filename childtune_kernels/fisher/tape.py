@@ -1,0 +1,218 @@
+"""What a model does with its parameters, seen from outside: a torch function mode, so nothing is set on the model.
+
+Inside the mode a parameter is a constant to autograd, so no weight gradient is computed and `.grad` stays as it is.
+Calls that use one (F.linear, einsum, a raw parameter added or multiplied ...) have a handler that records the use; a
+call without one makes its parameters `unruled`, to be treated one example at a time by `estimate`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from . import rules
+from .handlers import HANDLERS
+from .rules import Use
+
+# (name, which use of it) -> the dimensions of (input, output) that go over examples; -1: none does
+Layout = dict[tuple[str, int], tuple[int, int]]
+
+
+class Tape(TorchFunctionMode):
+    """Records uses; with ``totals``, squares and sums each as soon as the backward pass reaches it.
+
+    Args:
+        names: id(parameter) -> name, of all parameters of the model.
+        wanted: the names to estimate; others are constants and no more.
+        examples: B, the number of examples in the batch.
+        layout: from `find_layout`; None records shapes only.
+        totals: name -> accumulator.
+        unruled: names that are left alone; a use without a handler adds its name, with the reason.
+    """
+
+    def __init__(
+        self,
+        names: dict[int, str],
+        wanted: Collection[str],
+        examples: int,
+        unruled: dict[str, str],
+        layout: Layout | None = None,
+        totals: dict[str, Tensor] | None = None,
+    ):
+        super().__init__()
+        self.names = names
+        self.wanted = wanted
+        self.examples = examples
+        self.unruled = unruled
+        self.layout = layout
+        self.totals = totals
+        self.shapes: dict[tuple[str, int], tuple[torch.Size, torch.Size]] = {}
+        self.anchors: dict[torch.device, Tensor] = {}
+        self.uses: dict[str, list[Use]] = defaultdict(list)
+        self.counts: dict[str, int] = defaultdict(int)
+        self.waiting: dict[str, int] = {}
+        self.rules: dict[str, str] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        names = self.names
+        for value in args:
+            if id(value) in names or type(value) in (list, tuple):
+                break
+        else:
+            if not kwargs or not any(id(value) in names for value in kwargs.values()):
+                return func(*args, **kwargs)
+        used = [value for value in _flat((args, kwargs.values())) if id(value) in names]
+        if not used:
+            return func(*args, **kwargs)
+        handler = HANDLERS.get(func)
+        if handler is not None and any(map(self.active, used)):
+            result = handler(self, func, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*_detached(args, names), **_detached(kwargs, names))
+        if isinstance(result, (Tensor, tuple, list)) and not isinstance(result, torch.Size):
+            for param in filter(self.active, used):
+                self.unruled.setdefault(names[id(param)], f"no rule for {getattr(func, '__name__', func)}")
+        return result
+
+    # ---- for handlers -----------------------------------------------------------------------------------------------
+
+    def name(self, value) -> str | None:
+        """Return the name of a watched parameter, None for anything else."""
+        return self.names.get(id(value))
+
+    def active(self, param: Tensor) -> bool:
+        """Return whether uses of a parameter are recorded."""
+        name = self.names[id(param)]
+        return name in self.wanted and name not in self.unruled
+
+    def call(self, func, args: tuple, kwargs: dict, params: tuple, x: Tensor | None, make: Callable[..., list[Use]]):
+        """Run ``func`` on constants and record the uses of ``params`` that ``make(x, dims)`` describes.
+
+        Args:
+            args: of func, with parameters and with the input at position 0 where x is not None.
+            params: the parameters used, in the order of ``make``'s result; None stands for an absent one.
+            make: given the input as used and (input, output) dimensions over examples; one `Use` a parameter.
+        """
+        present = [p for p in params if p is not None]
+        watched = [self.names[id(p)] if self.active(p) else None for p in present]
+        keys = [(name, self.counts[name]) for name in watched if name]
+        for name, _ in keys:
+            self.counts[name] += 1
+        dims = None
+        if self.layout is not None:
+            if any(key not in self.layout for key in keys):
+                raise RuntimeError(
+                    f"the model uses {keys[0][0]!r} more often in this batch than in the first: exclude it, "
+                    "or make the model's path independent of the data"
+                )
+            dims = self.layout[keys[0]]
+            if x is not None and dims == (-1, -1):  # shared by the batch, like position ids: one copy an example
+                x = x.expand(self.examples, *x.shape[1:])
+                args = (x, *args[1:])
+                dims = (0, 0)
+        out = func(*_detached(args, self.names), **_detached(kwargs, self.names))
+        if self.layout is None:
+            for key in keys:
+                self.shapes[key] = (torch.Size() if x is None else x.shape, out.shape)
+            return out
+        uses = {name: use for name, use in zip(watched, make(x, dims), strict=True) if name}
+        for name, use in uses.items():
+            self.uses[name].append(use)
+        if not torch.is_grad_enabled():
+            return out
+        if not out.requires_grad:  # the start of the graph; not a leaf, which in-place code would trip over
+            out = out + self.anchor(out.device)
+        out.register_hook(partial(self.receive, uses))
+        return out
+
+    def anchor(self, device: torch.device) -> Tensor:
+        """Return the zero that graphs start from: differentiating to it visits every use, and no parameter."""
+        if device not in self.anchors:
+            self.anchors[device] = torch.zeros((), device=device, requires_grad=True)
+        return self.anchors[device]
+
+    def cast(self, x: Tensor) -> Tensor:
+        """Return a product's input as autocast will have it, so that it is cast once and kept in that form."""
+        kind = x.device.type
+        if x.is_floating_point() and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            return x.to(torch.get_autocast_dtype(kind))
+        return x
+
+    # ---- the backward pass ------------------------------------------------------------------------------------------
+
+    def receive(self, uses: dict[str, Use], grad: Tensor) -> None:
+        """Take D of one output. A parameter is done when all its uses are; most have one."""
+        for use in uses.values():
+            use.grad = grad
+        done = [name for name in uses if len(self.uses[name]) == 1]
+        if len(done) == 2:
+            first, second = (self.totals[name] for name in done)
+            if uses[done[0]].accumulate_with_bias_(first, second):
+                for name in done:
+                    self.rules[name] = uses[name].rule
+                    self.uses.pop(name)[0].__dict__.clear()
+                return
+        for name in done:
+            self.finish(name)
+
+    def backward(self, losses: Tensor) -> None:
+        """Differentiate the sum of the losses and accumulate every parameter's squares into ``totals``."""
+        with torch.autocast(losses.device.type, enabled=False):  # what the rules compute is not the model's
+            if losses.requires_grad:
+                torch.autograd.grad(losses.sum(), list(self.anchors.values()), allow_unused=True)
+            with torch.no_grad():
+                for name in list(self.uses):
+                    self.finish(name)
+
+    def finish(self, name: str) -> None:
+        """Accumulate a parameter's uses and let go of what they held."""
+        uses = [use for use in self.uses.pop(name) if use.grad is not None]  # without D: not on the way to a loss
+        self.rules[name] = " + ".join(dict.fromkeys(use.rule for use in uses)) or "no gradient"
+        if not uses:
+            return
+        if len(uses) == 1:
+            uses[0].accumulate_(self.totals[name])
+        else:
+            rules.accumulate_uses_(self.totals[name], uses)
+        for use in uses:
+            use.__dict__.clear()
+
+
+def find_layout(one: Tape, two: Tape, unruled: dict[str, str]) -> Layout:
+    """Compare the shapes that one and two examples give; what fits no pattern becomes unruled."""
+    layout: Layout = {}
+    for key in one.shapes.keys() | two.shapes.keys():
+        name = key[0]
+        if key not in one.shapes or key not in two.shapes:
+            unruled.setdefault(name, "used a different number of times by one and by two examples")
+            continue
+        dims = tuple(rules.doubled_dimension(a, b) for a, b in zip(one.shapes[key], two.shapes[key], strict=True))
+        shared = dims == (-1, -1) and two.shapes[key][0][:1] == (1,)
+        if None in dims or (dims[1] == -1 and not shared):
+            unruled.setdefault(name, "an output without an example dimension")
+            continue
+        layout[key] = dims
+    return layout
+
+
+def _flat(values):
+    for value in values:
+        if type(value) in (list, tuple) or type(value) is type({}.values()):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def _detached(value, names: dict[int, str]):
+    if type(value) in (list, tuple):
+        return type(value)([_detached(v, names) for v in value])
+    if type(value) is dict:
+        return {k: _detached(v, names) for k, v in value.items()}
+    return value.detach() if id(value) in names else value
