@@ -196,6 +196,17 @@ def test_scaling_the_loss_scales_the_information():
     assert_same(scaled, {name: 16 * value for name, value in plain.sums.items()})
 
 
+@pytest.mark.parametrize("name", models.NAMES)
+def test_losses_are_the_models_own(name):
+    """transformers takes the mean over what is predicted; a causal model predicts no first token."""
+    model, loss, batch = models.build(name), models.loss_of(name), models.batch(name, 3, 5)
+    for j, value in enumerate(loss(model, batch)):
+        alone = take(batch, [j], 3)
+        labels = alone["labels"][:, 1:] if name in ("gpt2", "llama") else alone["labels"]
+        own = model(**alone).loss * (labels != -100).sum()
+        torch.testing.assert_close(value, own.to(value.dtype), rtol=1e-5, atol=1e-6)  # some of them take it in float32
+
+
 def test_labels():
     model, batch = models.build("bert"), models.batch("bert", 3, 5)
     predicted = estimate_fisher(model, [batch], classification_loss, labels="predicted")
@@ -212,6 +223,8 @@ def test_regression():
     batch = models.batch("bert", 3, 5)
     model.classifier = nn.Linear(16, 1).double()
     given = {**batch, "labels": torch.tensor([0.5, -1.0, 2.0]).double()}
+    model.num_labels = model.config.num_labels = 1
+    torch.testing.assert_close(regression_loss(model, given).mean() * 2, model(**given).loss)
     fisher = estimate_fisher(model, [given], regression_loss)
     assert_same(fisher, one_by_one(model, [given], regression_loss))
 
