@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 from childtune_kernels.cli import demo
@@ -54,6 +55,46 @@ def section(name: str) -> str:
     return "\n".join(lines)
 
 
+def fisher_section() -> str:
+    """Return the Fisher pass and the linear rule as Markdown tables, with each row's bound of error beside it."""
+    report = load("h200-fisher")
+
+    def shown(times: list[float], digits: int) -> str:
+        low, high = (f"{value:.{digits}f}" for value in (min(times), max(times)))
+        return f"{statistics.median(times):.{digits}f} ({low} .. {high})"
+
+    def ratio(times: list[float], other: list[float]) -> str:
+        return f"{statistics.median(times) / statistics.median(other):.2f}"
+
+    times = report["pass"]["milliseconds"]
+    lines = [
+        "| BERT-large, a batch of 16 x 128, bfloat16 autocast | ms (rounds) | against eager plain |",
+        "| --- | --- | --- |",
+    ]
+    labels = {"plain": "plain forward and backward", "plain graph": "the same, CUDA graph", "exact": "exact pass",
+              "exact graph": "exact pass, `graph=True`", "one at a time": "one example at a time"}  # fmt: skip
+    lines += [
+        f"| {label} | {shown(times[key], 1)} | {ratio(times[key], times['plain'])} |" for key, label in labels.items()
+    ]
+    lines += [
+        "",
+        "| linear rule: B, T, O, I | ms (rounds) | plain weight gradient, ms | ratio | relative error, most |",
+    ]
+    lines.append("| --- | --- | --- | --- | --- |")
+    rows: dict = {}
+    for row in report["linear"]:
+        rows.setdefault((row["dtype"].removeprefix("torch."), *row["shape"]), []).append(row)
+    for (dtype, *shape), own in rows.items():
+        ours, plain = ([row[key] for row in own] for key in ("ours", "plain"))
+        error = max(row["error"] for row in own)
+        label = f"{dtype}, {', '.join(map(str, shape))}"
+        lines.append(f"| {label} | {shown(ours, 3)} | {shown(plain, 3)} | {ratio(ours, plain)} | {error:.1e} |")
+    memory = f"{report['pass']['ratios']['memory beyond plain, of the information']:.2f}"
+    machine = report["machine"]
+    where = f"{machine['device']}, torch {machine['torch']}, Triton {machine['triton']}, commit {report['commit']}"
+    return "\n".join([*lines, "", f"Memory beyond the plain pass: {memory} of the information's own. {where}."])
+
+
 def plot() -> None:
     """Draw the step times of the two GPU files, rounds as whiskers."""
     import matplotlib
@@ -85,10 +126,11 @@ def write_readme() -> None:
     """Put the tables between README's markers."""
     body = "\n\n".join(section(name) for name in FILES if (RESULTS / f"{name}.json").exists())
     readme = ROOT / "README.md"
-    block = f"<!-- bench:begin -->\n{body}\n<!-- bench:end -->"
-    readme.write_text(
-        re.sub(r"<!-- bench:begin -->.*<!-- bench:end -->", lambda _: block, readme.read_text(), flags=re.S)
-    )
+    text = readme.read_text()
+    for marker, block in (("bench", body), ("fisher", fisher_section())):
+        begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
+        text = re.sub(f"{begin}.*{end}", lambda _, b=begin, k=block, e=end: f"{b}\n{k}\n{e}", text, flags=re.S)
+    readme.write_text(text)
 
 
 if __name__ == "__main__":

@@ -65,3 +65,4 @@ def test_readme_shows_the_committed_results():
     readme = (ROOT / "README.md").read_text()
     for name in report.FILES:
         assert report.section(name) in readme
+    assert report.fisher_section() in readme
