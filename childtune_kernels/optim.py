@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ops, philox
+from .child import Packing, thawed
+from .exchange import add_children, read_state, unpacked, without_children
 from .mask import ChildMask
 from .ops import checks
 from .ops.checks import require
-from .plan import MOMENTS, Plan, check_group
+from .plan import MOMENTS, SAMPLED_CHILD, Plan, check_group
 
 
 class ChildAdamW(torch.optim.Optimizer):
@@ -36,12 +39,14 @@ class ChildAdamW(torch.optim.Optimizer):
         eps: added to the denominator, at least 0.
         weight_decay: decoupled, at least 0.
         reserve_p: share of gradient elements kept by F, in [2**-32, 1], per group.
-        mask: the child network of D.
+        mask: the child network of D; with ``reserve_p`` below 1, F samples inside it.
         seed: of F's mask stream, in [0, 2**64), per group; restored by ``load_state_dict``.
         maximize: ascend instead of descend, per group.
         dialect: "torch": Algorithm 1 with decay before the update and eps after bias correction; "hf": what the
             released code runs: eps before bias correction, decay after the update.
         decay: in D, "child": weights outside the child never change; "all": they decay, as in the released code.
+        state: "packed" (default with a mask and decay="child"): moments of the child alone, 1-D, in the order of the
+            mask's bits; F's sampling inside the child needs it. "dense": moments like their parameters.
         state_dtype: of the moments: float32, bfloat16 or float16.
         max_grad_norm: clip by the global norm of all gradients, before the mask, inside the step; None: do not.
         impl: "auto", or "triton", "csrc", "reference", which is then never replaced by another.
@@ -70,6 +75,7 @@ class ChildAdamW(torch.optim.Optimizer):
         maximize: bool = False,
         dialect: str = "torch",
         decay: str = "child",
+        state: str | None = None,
         state_dtype: torch.dtype = torch.float32,
         max_grad_norm: float | None = None,
         impl: str = "auto",
@@ -80,12 +86,18 @@ class ChildAdamW(torch.optim.Optimizer):
         require("mask", mask, mask is None or isinstance(mask, ChildMask), "a ChildMask or None")
         require("max_grad_norm", max_grad_norm, max_grad_norm is None or max_grad_norm > 0, "above 0 or None")
         require("impl", impl, impl in ("auto", *ops.IMPLEMENTATIONS), f"one of {('auto', *ops.IMPLEMENTATIONS)}")
-        self.mask = mask
+        state = state or ("packed" if mask is not None and decay == "child" else "dense")
+        require("state", state, state in ("packed", "dense"), "'packed' or 'dense'")
+        outside_decays = f"'dense' where decay={decay!r} or there is no mask: packed state is the child's alone"
+        require("state", state, state == "dense" or (mask is not None and decay == "child"), outside_decays)
+        self.packing = Packing(mask) if state == "packed" else None
+        self.mask = mask if self.packing is None else self.packing.mask
         self.dialect = dialect
         self.decay = decay
         self.state_dtype = state_dtype
         self.max_grad_norm = max_grad_norm
         self.requested_impl = impl
+        self.gradient: Callable[[Tensor], Tensor | None] = attrgetter("grad")
         self._plan: Plan | None = None
         defaults = dict(
             lr=lr,
@@ -100,8 +112,16 @@ class ChildAdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
         for device_type in {p.device.type for p, _, _ in self.named()}:
             ops.implementation(impl, device_type)
-        unknown = [] if mask is None else sorted(set(mask) - {name for _, name, _ in self.named()})
+        if mask is not None:
+            self.check_mask(mask)
+
+    def check_mask(self, mask: ChildMask) -> None:
+        """Refuse a mask that is not for these parameters."""
+        params = {name: param for param, name, _ in self.named()}
+        unknown = sorted(set(mask) - set(params))
         require("mask", unknown, not unknown, "a mask that names only this optimizer's parameters")
+        for name in mask:
+            _check_shape(mask, name, params[name])
 
     # ---- what a caller can ask --------------------------------------------------------------------------------------
 
@@ -132,9 +152,13 @@ class ChildAdamW(torch.optim.Optimizer):
             raise KeyError(f"name must be one of the optimizer's parameter names, got {name!r}")
         param, group = found[0]
         if self.mask is not None and name in self.mask:
-            return self.mask.to_dense(name).to(param.device)
+            child = self.mask.to_dense(name).to(param.device)
+            return child if group["reserve_p"] == 1 else child & self._sample(step, name, param, group)
         if group["reserve_p"] == 1:
             return torch.ones(param.shape, dtype=torch.bool, device=param.device)
+        return self._sample(step, name, param, group)
+
+    def _sample(self, step: int, name: str, param: Tensor, group: dict) -> Tensor:
         key = philox.stream_key(group["seed"], name)
         words = ops.bernoulli_bits(
             param.numel(), key, step, group["reserve_p"], philox.GRADIENT_MASK, 0, device=param.device
@@ -195,17 +219,24 @@ class ChildAdamW(torch.optim.Optimizer):
     def init_state(self, params: list[Tensor]) -> None:
         if any(p.is_cuda for p in params) and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("optimizer state must exist before a CUDA graph is captured: run one step first")
-        for p in params:
-            self.state[p] = {
-                "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                **{key: torch.zeros(p.shape, dtype=self.state_dtype, device=p.device) for key in MOMENTS},
-            }
+        wanted = set(params)
+        for p, name, _ in self.named():
+            if p in wanted:
+                shape = self.state_shape(name, p)
+                self.state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                    **{key: torch.zeros(shape, dtype=self.state_dtype, device=p.device) for key in MOMENTS},
+                }
+
+    def state_shape(self, name: str, param: Tensor) -> torch.Size:
+        """Return the shape of a parameter's moments: its own, or [weights in the child] where they are packed."""
+        return param.shape if self.packing is None else self.packing.shape(name, param)
 
     # ---- groups and state -------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as in torch.optim. Nothing is added if anything in it is refused."""
-        self._check_group({**self.defaults, **param_group})
+        self.check_group({**self.defaults, **param_group})
         params = param_group["params"]
         if isinstance(params, set):
             raise TypeError("params must be in order, because positions name parameters, got a set")
@@ -217,19 +248,73 @@ class ChildAdamW(torch.optim.Optimizer):
             name = str(position + offset) if name is None else name
             if isinstance(param, Tensor):  # anything else is refused by torch, below
                 checks.check_parameter(f"params: {name!r}", param)
-                if self.mask is not None and name in self.mask and self.mask.shape(name) != param.shape:
-                    expected, got = tuple(param.shape), tuple(self.mask.shape(name))
-                    raise ValueError(f"mask of {name!r} must have shape {expected}, got {got}")
+                if self.mask is not None and name in self.mask:
+                    _check_shape(self.mask, name, param)
             require("params", name, name not in taken, "a name not used before")
             taken.add(name)
         require("params", "a repeated tensor", len({id(p) for _, p in entries}) == len(entries), "distinct tensors")
         super().add_param_group(group)
         self._plan = None
 
-    def _check_group(self, group: dict[str, Any]) -> None:
+    def check_group(self, group: dict[str, Any]) -> None:
         check_group(group)
         p = group["reserve_p"]
-        require("reserve_p", p, self.mask is None or p == 1, "1 where a mask is given: F or D, not both")
+        require("reserve_p", p, p == 1 or self.mask is None or self.packing is not None, SAMPLED_CHILD)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return groups and state, as torch.optim; entries of masked parameters say which child they belong to."""
+        hook = self.register_state_dict_post_hook(add_children, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    def dense_state_dict(self) -> dict[str, Any]:
+        """Return the state as torch.optim.AdamW loads it: moments like their parameters, zero outside the child."""
+        return without_children(self, self.state_dict())
+
+    @torch.no_grad()
+    def set_mask(self, mask: ChildMask | None) -> None:
+        """Change the child network between steps; ``state`` becomes "packed" for one, or "dense" for None.
+
+        Weights that leave the child stay where they are. Moments of weights that stay in it are kept, those of new
+        ones start at zero. The step count is a parameter's, so bias correction does not start again: the first
+        update of a new weight is up to (1 - beta1) / sqrt(1 - beta2) times lr, 3.2 lr by default.
+
+        Raises:
+            ValueError: as for the constructor's ``mask``; nothing has been changed then.
+        """
+        old, packing = self.packing, None
+        if mask is not None:
+            self.check_mask(mask)
+            require("decay", self.decay, self.decay == "child", "'child' where the mask changes")
+            packing = Packing(mask)
+        moved = {}
+        for param, name, _ in self.named():
+            if entry := self.state.get(param):
+                words = None if old is None or old.is_whole(name) else old.mask.words(name)
+                dense = {key: unpacked(entry[key], words, param.shape) for key in MOMENTS}
+                moved[param] = {k: v if packing is None else packing.pack(name, v).clone() for k, v in dense.items()}
+        for param, moments in moved.items():
+            self.state[param].update(moments)
+        self.packing, self.mask, self._plan = packing, None if packing is None else packing.mask, None
+
+    def assert_frozen(self, reference: nn.Module | Mapping[str, Tensor]) -> None:
+        """Prove that weights outside the child have never changed.
+
+        Args:
+            reference: the pretrained model or its state dict.
+
+        Raises:
+            AssertionError: a weight outside the child differs from the reference in any bit; says how many, where.
+            ValueError: there is no mask, or the reference lacks a parameter or has it of another shape or dtype.
+        """
+        require("mask", None, self.mask is not None, "a ChildMask: without one every weight is trained")
+        if isinstance(reference, nn.Module):
+            reference = dict(reference.named_parameters(remove_duplicate=False))
+        found = thawed(self.mask, {name: param for param, name, _ in self.named()}, reference)
+        if found:
+            raise AssertionError(f"weights outside the child must equal the reference, but these many differ: {found}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state of this optimizer or of torch.optim.AdamW; groups and seeds come from the state.
@@ -243,7 +328,7 @@ class ChildAdamW(torch.optim.Optimizer):
         kept: dict[Tensor, dict] = {}
 
         def take_state(_, loaded):  # runs after users' pre-hooks; torch then has no tensors left to cast
-            kept.update(self._read_state(loaded))
+            kept.update(read_state(self, loaded))
             defaults = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
             groups = [{**own, **saved} for own, saved in zip(defaults, loaded["param_groups"], strict=True)]
             return {**loaded, "state": {}, "param_groups": groups}
@@ -262,48 +347,11 @@ class ChildAdamW(torch.optim.Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _read_state(self, loaded: dict[str, Any]) -> dict[Tensor, dict]:
-        """Check a state dict against this optimizer and return its entries, copied, by parameter."""
-        sizes = [len(g["params"]) for g in loaded["param_groups"]]
-        expected = [len(g["params"]) for g in self.param_groups]
-        require("state_dict", f"groups of {sizes}", sizes == expected, f"parameter groups of {expected} parameters")
-        state = {}
-        for own, saved in zip(self.param_groups, loaded["param_groups"], strict=True):
-            version = saved.get("mask_stream", philox.STREAM_VERSION)
-            require(
-                "state_dict",
-                f"version {version}",
-                version == philox.STREAM_VERSION,
-                f"mask stream version {philox.STREAM_VERSION}",
-            )
-            require("state_dict", "amsgrad state", not saved.get("amsgrad"), "state without amsgrad")
-            names, saved_names = own.get("param_names"), saved.get("param_names")
-            same = saved_names is None or names == saved_names or (names is None and self.mask is None)
-            by_position = "parameters without names: this optimizer's mask knows them by position"
-            require("state_dict", saved_names, same, f"parameters named {names}" if names else by_position)
-            self._check_group({**{k: v for k, v in own.items() if k != "params"}, **saved})
-            for param, index in zip(own["params"], saved["params"], strict=True):
-                if entry := loaded["state"].get(index):
-                    state[param] = self._read_entry(param, index, entry)
-        return state
-
-    def _read_entry(self, param: Tensor, index: int, entry: dict[str, Any]) -> dict[str, Any]:
-        complete = entry.keys() >= {"step", *MOMENTS}
-        require(f"state_dict: state of parameter {index}", sorted(entry), complete, "AdamW's step, exp_avg, exp_avg_sq")
-        for key in MOMENTS:
-            got = tuple(entry[key].shape)
-            require(
-                f"state_dict: {key} of parameter {index}", got, got == tuple(param.shape), f"shape {tuple(param.shape)}"
-            )
-        restored = {
-            "step": torch.as_tensor(entry["step"]).to(param.device, torch.float32, copy=True).view(()),
-            **{
-                key: entry[key].to(param.device, self.state_dtype, copy=True, memory_format=torch.contiguous_format)
-                for key in MOMENTS
-            },
-        }
-        return {**entry, **restored}
-
     def __getstate__(self) -> dict[str, Any]:  # torch's keeps defaults, state and groups only
-        own = ("mask", "dialect", "decay", "state_dtype", "max_grad_norm", "requested_impl")
+        own = ("mask", "packing", "gradient", "dialect", "decay", "state_dtype", "max_grad_norm", "requested_impl")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_plan": None}
+
+
+def _check_shape(mask: ChildMask, name: str, param: Tensor) -> None:
+    got, expected = tuple(mask.shape(name)), tuple(param.shape)
+    require(f"mask of {name!r}", got, got == expected, f"of shape {expected}")

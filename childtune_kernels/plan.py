@@ -20,6 +20,7 @@ from .ops.fixed import Fixed, addresses
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = ("step", *MOMENTS)
+SAMPLED_CHILD = "1 where a mask is given, or the state packed: F inside D needs state='packed'"
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -81,13 +82,15 @@ class Plan:
 
     def __init__(self, optimizer, params: list[Tensor]):
         self.params = params
-        self.idle = [p for p in params if p.grad is None]
+        self.gradient = optimizer.gradient
+        self.idle = [p for p in params if self.gradient(p) is None]
+        wanted = set(params)
         rows: dict[torch.device, list] = {}
         group_of = [index for index, group in enumerate(optimizer.param_groups) for _ in group["params"]]
         for (param, name, _), group in zip(optimizer.named(), group_of, strict=True):
-            if param.grad is not None:
+            if param in wanted and (grad := self.gradient(param)) is not None:
                 checks.check_parameter(f"params: {name!r}", param)
-                checks.check_gradient(f"parameter {name!r}", param.grad, param)
+                checks.check_packed_gradient(f"parameter {name!r}", grad, param, optimizer.state_shape(name, param))
                 rows.setdefault(param.device, []).append((param, name, group))
         self.batches = [_Batch(optimizer, device, members) for device, members in rows.items()]
         missing = [p for batch in self.batches for p in batch.params if not optimizer.state.get(p)]
@@ -96,16 +99,16 @@ class Plan:
         for batch in self.batches:
             batch.take_state(optimizer)
             batch.fits()
-        self.entries = list(optimizer.state.values())
+        self.planned = [p for batch in self.batches for p in batch.params]
+        self.entries = [optimizer.state[p] for p in self.planned]
 
     def serves(self, optimizer, params: list[Tensor]) -> bool:
         """Whether this plan still fits: nothing was replaced or moved, and the same parameters have gradients."""
         return (
             len(params) == len(self.params)
             and all(map(is_, params, self.params))
-            and not any([p.grad is not None for p in self.idle])
-            and len(optimizer.state) == len(self.entries)
-            and all(map(is_, optimizer.state.values(), self.entries))
+            and not any([self.gradient(p) is not None for p in self.idle])
+            and all(map(is_, map(optimizer.state.get, self.planned), self.entries))
             and all([batch.fits() for batch in self.batches])
         )
 
@@ -130,8 +133,11 @@ class _Batch:
         self.params = Fixed(params)
         self.kernels = ops.implementation(optimizer.requested_impl, device.type)
         self.contiguous = all(p.is_contiguous() for p in params)
-        self.mask_words = None
-        if optimizer.mask is not None:
+        self.gradient = optimizer.gradient
+        self.mask_words = self.indices = None
+        if optimizer.packing is not None:
+            self.indices = Fixed(optimizer.packing.indices(n, device) for n in self.names)
+        elif optimizer.mask is not None:
             none = torch.empty(0, dtype=torch.int32, device=device)  # no words: the whole tensor is in the child
             mask = optimizer.mask
             self.mask_words = Fixed(mask.words(n).to(device) if n in mask else none for n in self.names)
@@ -155,7 +161,7 @@ class _Batch:
             self.hyper = table[self.group_of]
             self.random = bool((p < 1).any())
             both = self.random and self.mask_words is not None
-            require("reserve_p", p.tolist(), not both, "1 where a mask is given: F or D, not both")
+            require("reserve_p", p.tolist(), not both, SAMPLED_CHILD)
             self.rows = rows
         seeds = [group["seed"] for group in groups]
         if seeds != self.seeds:
@@ -171,7 +177,7 @@ class _Batch:
         self.states = [optimizer.state[p] for p in self.params]
         self.steps, self.exp_avgs, self.exp_avg_sqs = (Fixed(map(itemgetter(k), self.states)) for k in STATE)
         for name, *tensors in zip(self.names, self.params, self.steps, self.exp_avgs, self.exp_avg_sqs, strict=True):
-            checks.check_state(f"state of {name!r}", *tensors)
+            checks.check_state(f"state of {name!r}", *tensors, optimizer.state_shape(name, tensors[0]))
 
     def fits(self) -> bool:
         """Take this step's gradients; return whether they and everything else are as they were checked.
@@ -179,7 +185,7 @@ class _Batch:
         Addresses tell what `module.to(...)`, `p.data = ...` or offloading of the state moved; torch itself sees to
         the shape and device of a gradient, but not always to its dtype (`grad_dtype`).
         """
-        grads = [p.grad for p in self.params]
+        grads = [*map(self.gradient, self.params)]
         try:
             if [g.dtype for g in grads] != self.params.dtypes:
                 return False
@@ -203,7 +209,9 @@ class _Batch:
         lists = (params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, self.hyper)
         ahead = self.device.type == "cuda"  # a copy to the CPU must be waited for before it is read
         scaling = [None if x is None else x.to(self.device, torch.float32, non_blocking=ahead) for x in scaling]
-        if self.mask_words is not None:
+        if self.indices is not None:
+            self.kernels.adamw_compact_(*lists, self.indices, self.keys, self.lrs, *scaling)
+        elif self.mask_words is not None:
             self.kernels.adamw_masked_(*lists, self.mask_words, optimizer.decay == "all", self.lrs, *scaling)
         elif self.random:
             self.kernels.adamw_bernoulli_(*lists, self.keys, self.lrs, *scaling)

@@ -69,13 +69,25 @@ inline void check_weight_dtype(const char* list, size_t i, const Tensor& tensor)
   refuse(at(list, i), " must be Float, BFloat16 or Half, got ", toString(tensor.scalar_type()));
 }
 
-inline void check_update(const UpdateLists& u) {
+// Whether all of parameter i is in the child: there are no indices then, but moments.
+inline bool is_whole(const UpdateLists& u, const Tensors& indices, size_t i) {
+  return indices[i].numel() == 0 && u.exp_avgs[i].numel() != 0;
+}
+
+// Whether the gradient of parameter i holds the child's elements alone. Where both readings fit they are the same.
+inline bool is_packed(const UpdateLists& u, size_t i) {
+  return u.grads[i].numel() != u.params[i].numel() && u.grads[i].numel() == u.exp_avgs[i].numel();
+}
+
+// `indices`: of adamw_compact_, else null.
+inline void check_update(const UpdateLists& u, const Tensors* indices = nullptr) {
   const size_t n = u.params.size();
   check_length("grads", u.grads.size(), n);
   check_length("exp_avgs", u.exp_avgs.size(), n);
   check_length("exp_avg_sqs", u.exp_avg_sqs.size(), n);
   check_length("steps", u.steps.size(), n);
   if (!u.lrs.empty()) check_length("lrs", u.lrs.size(), n);
+  if (indices) check_length("indices", indices->size(), n);
   const bool is_table = u.hyper.scalar_type() == ScalarType::Double && u.hyper.is_cpu() && u.hyper.is_contiguous();
   if (!is_table || u.hyper.numel() != static_cast<int64_t>(n) * kHyperColumns)
     refuse("hyper must be a contiguous Double CPU tensor of ", n, " x ", kHyperColumns, ", got ", u.hyper.numel(),
@@ -88,9 +100,17 @@ inline void check_update(const UpdateLists& u) {
     check_weight_dtype("params", i, param);
     check_weight_dtype("exp_avgs", i, u.exp_avgs[i]);
     check("params", u.params, param.scalar_type(), param.numel());
-    check("grads", u.grads, param.scalar_type(), param.numel());
-    check("exp_avgs", u.exp_avgs, u.exp_avgs[i].scalar_type(), param.numel());
-    check("exp_avg_sqs", u.exp_avg_sqs, u.exp_avgs[i].scalar_type(), param.numel());
+    int64_t moments = param.numel();
+    if (indices && !is_whole(u, *indices, i)) {
+      moments = (*indices)[i].numel();
+      check("indices", *indices, ScalarType::Int, moments);
+      if (moments > param.numel() || param.numel() >> 31 != 0)
+        refuse(at("indices", i), " must index a tensor of fewer than 2**31 elements, got ", moments, " for ",
+               param.numel());
+    }
+    check("grads", u.grads, param.scalar_type(), is_packed(u, i) ? moments : param.numel());
+    check("exp_avgs", u.exp_avgs, u.exp_avgs[i].scalar_type(), moments);
+    check("exp_avg_sqs", u.exp_avg_sqs, u.exp_avgs[i].scalar_type(), moments);
     check("steps", u.steps, ScalarType::Float, 1);
     if (!u.lrs.empty()) check("lrs", u.lrs, ScalarType::Float, 1);
   }

@@ -26,6 +26,11 @@ void adamw_masked_(const Tensors& params, const Tensors& grads, const Tensors& e
                    const Tensors& lrs, const MaybeTensor& grad_scale, const MaybeTensor& found_inf,
                    const MaybeTensor& grad_norm);
 
+void adamw_compact_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+                    const Tensors& steps, const Tensor& hyper, const Tensors& indices, const std::vector<int64_t>& keys,
+                    const Tensors& lrs, const MaybeTensor& grad_scale, const MaybeTensor& found_inf,
+                    const MaybeTensor& grad_norm);
+
 void square_accumulate_(const Tensors& accumulators, const Tensors& grads, double scale);
 
 // Fills `words`, since an op without a tensor argument has no device to be dispatched on.

@@ -17,7 +17,7 @@ BLOCK = 1024  # the largest unit of work of any kernel
 SHAPES = ((0,), (1,), (31,), (32,), (33,), (BLOCK - 1,), (BLOCK,), (BLOCK + 1,), (37, 29), (), (3, 0, 2))
 if os.environ.get("TRITON_INTERPRET") == "1":  # interpreting takes 15 to 50 ms a program: a step of all shapes, seconds
     SHAPES = ((0,), (33,), (BLOCK + 1,), ())
-SENTINEL, MARGIN = 7.25, 19
+SENTINEL, MARGIN = 7.0, 19
 
 
 @dataclass
@@ -85,10 +85,25 @@ class Case:
         self.words = [ops.pack_bits(child).to(device) for child in self.children]
         for i in range(4, n, 5):  # no words: the whole tensor is in the child
             self.words[i], self.children[i] = self.words[i][:0], torch.ones_like(self.children[i])
+        self.indices: list[Tensor] = []
         self.lrs = [torch.tensor(0.02 / (i + 1), device=device) for i in range(n)] if lr_list else []
 
     def _place(self, values: Tensor, i: int) -> Tensor:
         return self.guards.place(values.to(self.device), i % self.offset if self.offset else 0)
+
+    def _pack(self) -> None:
+        """Replace the moments, zero so far, by the child's: what adamw_compact_ takes."""
+        for i, (child, words) in enumerate(zip(self.children, self.words, strict=True)):
+            index = child.flatten().nonzero().flatten().int()
+            index = index if words.numel() else index[:0]  # no words: the whole tensor, which has no indices either
+            self.indices.append(self.guards.place(index.to(self.device), i % self.offset if self.offset else 0))
+            for k, moments in ((1, self.exp_avgs), (2, self.exp_avg_sqs)):
+                packed = self.golden[i][k] if not words.numel() else self.golden[i][k][child]
+                moments[i] = self._place(packed, i + k)
+
+    def packed(self, i: int, values: Tensor) -> Tensor:
+        """The child's entries of a parameter-shaped tensor, as adamw_compact_ holds them."""
+        return values[self.children[i].to(values.device)] if self.indices and self.words[i].numel() else values
 
     def new_grads(self, *, scale: float = 1.0, special: float | None = None) -> list[Tensor]:
         grads = []
@@ -99,13 +114,25 @@ class Case:
             grads.append(self._place(grad.to(dtype), i + 1))
         return grads
 
-    def step(self, kernels, op: str, grads, *, decay_all=False, scale=None, found_inf=None, norm=None) -> None:
+    def step(
+        self, kernels, op: str, grads, *, decay_all=False, packed=False, scale=None, found_inf=None, norm=None
+    ) -> None:
         """Run one op call on the device and, unless it must be skipped, the written order on the copy."""
+        if op == "adamw_compact_" and not self.indices:
+            self._pack()
+        dense = [g.cpu() for g in grads]
+        if packed:
+            grads = [self._place(self.packed(i, g), i + 1) for i, g in enumerate(grads)]
         before = [g.clone() for g in grads]
         scaling = [None if x is None else torch.tensor(float(x), device=self.device) for x in (scale, found_inf, norm)]
         lists = (self.params, grads, self.exp_avgs, self.exp_avg_sqs, self.steps, self.hyper)
-        extra = {"adamw_": (), "adamw_bernoulli_": (self.keys,), "adamw_masked_": (self.words, decay_all)}[op]
-        getattr(kernels, op)(*lists, *extra, self.lrs, *scaling)
+        extra = {
+            "adamw_": (),
+            "adamw_bernoulli_": (self.keys,),
+            "adamw_masked_": (self.words, decay_all),
+            "adamw_compact_": (self.indices, self.keys),
+        }
+        getattr(kernels, op)(*lists, *extra[op], self.lrs, *scaling)
         assert all(same_bits(a, b) for a, b in zip(before, grads, strict=True)), "a gradient was written"
         if found_inf:
             return
@@ -113,19 +140,20 @@ class Case:
         for i, (golden, row) in enumerate(zip(self.golden, self.rows, strict=True)):
             lr = self.lrs[i].item() if self.lrs else None
             kwargs = dict(lr=lr, scale=scale, norm=norm)
-            if op == "adamw_bernoulli_":
+            if op == "adamw_bernoulli_" or (op == "adamw_compact_" and row[5] < 1):
                 elements = torch.arange(golden[0].numel())
                 keep = philox.keep_bits(elements, self.keys[i], self.t, row[5]).view(golden[0].shape)
                 kwargs.update(keep=keep)
-            elif op == "adamw_masked_":
+            if op in ("adamw_masked_", "adamw_compact_"):
                 kwargs.update(child=self.children[i], decay_all=decay_all)
-            golden[:] = written_order_step(golden[0], before[i].cpu(), *golden[1:], self.t, row, **kwargs)
+            golden[:] = written_order_step(golden[0], dense[i], *golden[1:], self.t, row, **kwargs)
 
     def check(self) -> None:
         """Demand bitwise equality of weights and moments, the step count and intact sentinels."""
         for i, golden in enumerate(self.golden):
             got = (self.params[i], self.exp_avgs[i], self.exp_avg_sqs[i])
-            for name, a, b in zip(("param", "exp_avg", "exp_avg_sq"), got, golden, strict=True):
+            expected = (golden[0], *(self.packed(i, moment) for moment in golden[1:]))
+            for name, a, b in zip(("param", "exp_avg", "exp_avg_sq"), got, expected, strict=True):
                 assert same_bits(a, b), f"{name} {i} {self.specs[i]} at step {self.t}: {_difference(a, b)}"
             assert self.steps[i].item() == self.t
         assert self.guards.intact(), "something outside a tensor was written"
@@ -152,7 +180,7 @@ MODEL = {
     "norm.scale": (),
     "head.weight": (3, 1031),
 }
-KINDS = ("plain", "F", "D", "D, decay all")
+KINDS = ("plain", "F", "D", "D, dense", "D, decay all", "F in D")
 
 
 def model(device="cpu", dtype=torch.float32) -> list[tuple[str, torch.nn.Parameter]]:
@@ -184,7 +212,9 @@ def optimizer(named, kind: str = "plain", **kwargs) -> ChildAdamW:
         "plain": {},
         "F": dict(reserve_p=0.3, seed=5),
         "D": dict(mask=child_mask()),
+        "D, dense": dict(mask=child_mask(), state="dense"),
         "D, decay all": dict(mask=child_mask(), decay="all"),
+        "F in D": dict(mask=child_mask(), reserve_p=0.3, seed=5),
     }
     return ChildAdamW(named, **{"lr": 1e-2, "weight_decay": 0.1, **of_kind[kind], **kwargs})
 
@@ -197,6 +227,12 @@ def train(opt, named, steps, **kwargs) -> None:
 
 def weights_of(named) -> list[Tensor]:
     return snapshot(p for _, p in named)
+
+
+def moments_of(opt) -> list[tuple[Tensor, Tensor]]:
+    """The moments, each shaped like its parameter, by parameter."""
+    state = opt.dense_state_dict()["state"]
+    return [(state[i]["exp_avg"], state[i]["exp_avg_sq"]) for i in sorted(state)]
 
 
 def state_of(opt) -> list[Tensor]:

@@ -20,6 +20,8 @@ FLOORS = [
     {"mask"},
     {"selection"},
     {"plan", "fisher", "delta", "distributed"},
+    {"child"},
+    {"exchange"},
     {"optim"},
     {"baselines", "hf"},
     {"cli"},

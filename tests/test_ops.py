@@ -17,6 +17,9 @@ UPDATES = {
     "bernoulli": ("adamw_bernoulli_", {}, 0.3),
     "child": ("adamw_masked_", {"decay_all": False}, 1.0),
     "child, decay all": ("adamw_masked_", {"decay_all": True}, 1.0),
+    "compact": ("adamw_compact_", {}, 1.0),
+    "compact, packed gradient": ("adamw_compact_", {"packed": True}, 1.0),
+    "compact, bernoulli": ("adamw_compact_", {}, 0.3),
 }
 
 
@@ -149,14 +152,17 @@ def test_accuracy_against_fp64(update, dialect, dtype, moment_dtype, place):
         grads = case.new_grads()
         case.step(place.kernels, op, grads, **kwargs)
         masks = {}
-        if op == "adamw_bernoulli_":
-            masks = dict(keep=philox.keep_bits(torch.arange(n), case.keys[0], t, p), p=p)
-        elif op == "adamw_masked_":
-            masks = dict(child=case.children[0], decay="all" if kwargs["decay_all"] else "child")
+        if p < 1:
+            masks.update(keep=philox.keep_bits(torch.arange(n), case.keys[0], t, p), p=p)
+        if op in ("adamw_masked_", "adamw_compact_"):
+            masks.update(child=case.children[0], decay="all" if kwargs.get("decay_all") else "child")
         lr, beta1, beta2, eps, weight_decay = row[:5]
         adamw = dict(lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, dialect=dialect)
         judge.step(grads[0], **adamw, **masks)
-    judge.check(case.params[0], case.exp_avgs[0], case.exp_avg_sqs[0])
+    moments = [case.exp_avgs[0].cpu(), case.exp_avg_sqs[0].cpu()]
+    if op == "adamw_compact_":  # outside the child they are zero for ever
+        moments = [torch.zeros(n, dtype=moment_dtype).masked_scatter(case.children[0], packed) for packed in moments]
+    judge.check(case.params[0], *moments)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.125, 1 / 3])

@@ -96,8 +96,14 @@ BAD_ARGUMENTS = [
         {"mask": _mask(pooler=ONES)},
         r"mask must be a mask that names only this optimizer's parameters, got \['pooler'\]",
     ),
-    ({"mask": _mask(embed__weight=ONES.t())}, r"mask of 'embed.weight' must have shape \(7, 5\), got \(5, 7\)"),
-    ({"mask": _mask(embed__weight=ONES), "reserve_p": 0.3}, "reserve_p must be 1 where a mask is given.*, got 0.3"),
+    ({"mask": _mask(embed__weight=ONES.t())}, r"mask of 'embed.weight' must be of shape \(7, 5\), got \(5, 7\)"),
+    (
+        {"mask": _mask(embed__weight=ONES), "state": "dense", "reserve_p": 0.3},
+        "reserve_p must be 1 where a mask is given.*, got 0.3",
+    ),
+    ({"mask": _mask(embed__weight=ONES), "state": "sparse"}, "state must be 'packed' or 'dense', got 'sparse'"),
+    ({"state": "packed"}, "state must be 'dense' where .* there is no mask.*, got 'packed'"),
+    ({"mask": _mask(embed__weight=ONES), "state": "packed", "decay": "all"}, "state must be 'dense' where decay='all'"),
 ]
 
 

@@ -284,7 +284,7 @@ def test_bad_states_are_refused_and_change_nothing(change, message):
 
 def test_f_state_is_refused_where_a_mask_is_given():
     named = model()
-    opt = optimizer(named, "D")
+    opt = optimizer(named, "D, dense")
     train(opt, named, [1])
     _refuses(opt, named, _saved(), "reserve_p must be 1 where a mask is given.*, got 0.3")
 

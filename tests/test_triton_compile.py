@@ -28,7 +28,7 @@ from childtune_kernels.ops import (  # noqa: E402
 )
 
 FP32, BF16, FP16 = tl.float32, tl.bfloat16, tl.float16
-RULES = {"plain": 0, "bernoulli": 1, "child": 2, "child-decay-all": 3}
+RULES = {"plain": 0, "bernoulli": 1, "child": 2, "child-decay-all": 3, "compact": 4, "compact-bernoulli": 5}
 LAYOUT = {
     "table": "*i64",
     "first_block": "*i32",

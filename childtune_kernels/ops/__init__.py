@@ -32,6 +32,8 @@ _UPDATE = (
 # params        float32, bfloat16 or float16, contiguous; the list may mix dtypes, not devices
 # grads         like params, contiguous, any alignment, never written
 # exp_avgs, exp_avg_sqs   shaped like params; one dtype a parameter
+# indices       int32 [m]: the child's elements in ascending order; moments are then [m], grads [m] or like params.
+#               Or [0], with moments like params: the whole tensor; with moments [0]: nothing of it
 # steps         float32 [], advanced by one; the new value is the mask stream's t
 # hyper         float64 [n, len(HYPER_COLUMNS)] on CPU
 # lrs           empty, or float32 [] per parameter, replacing hyper's lr: live under CUDA graphs
@@ -44,6 +46,7 @@ SCHEMAS = {
     "adamw_": _UPDATE.format(extra=""),
     "adamw_bernoulli_": _UPDATE.format(extra="int[] keys, "),
     "adamw_masked_": _UPDATE.format(extra="Tensor[] mask_words, bool decay_all, "),
+    "adamw_compact_": _UPDATE.format(extra="Tensor[] indices, int[] keys, "),
     "square_accumulate_": "(Tensor(a!)[] accumulators, Tensor[] grads, float scale) -> ()",
     "fisher_linear_": "(Tensor(a!) total, Tensor d, Tensor x) -> ()",
     "fisher_columns_": "(Tensor(a!) total, Tensor d, Tensor? factor=None, Tensor(b!)? plain_total=None) -> ()",
@@ -53,6 +56,7 @@ SCHEMAS = {
     "popcount_bits": "(Tensor words) -> Tensor",
     "overlap_bits": "(Tensor a, Tensor b) -> Tensor",
 }
+UPDATES = ("adamw_", "adamw_bernoulli_", "adamw_masked_", "adamw_compact_")
 # The compiled kernel fills its words: an op without a tensor argument has no device to be dispatched on.
 _CSRC_SCHEMAS = SCHEMAS | {
     "bernoulli_bits": "(Tensor(a!) words, int numel, int key, int step, float p, int domain, int offset) -> ()"
@@ -193,7 +197,7 @@ def _overlap_bits(a, b):
 
 
 _RUN = {
-    **{op: _update_op(op) for op in ("adamw_", "adamw_bernoulli_", "adamw_masked_")},
+    **{op: _update_op(op) for op in UPDATES},
     "square_accumulate_": _square_accumulate,
     "fisher_linear_": _fisher_linear,
     "fisher_columns_": _fisher_columns,
@@ -210,7 +214,7 @@ def _words(numel: int, device) -> torch.Tensor:
 
 
 _FAKES = {
-    **dict.fromkeys(("adamw_", "adamw_bernoulli_", "adamw_masked_", "square_accumulate_"), lambda *args: None),
+    **dict.fromkeys((*UPDATES, "square_accumulate_"), lambda *args: None),
     **dict.fromkeys(_WITHOUT_CSRC, lambda *args: None),
     "bernoulli_bits": lambda numel, key, step, p, domain, offset, device: _words(numel, device),
     "score_histogram": lambda scores, firsts, shift, digits: scores[0].new_empty(
@@ -237,6 +241,7 @@ csrc.load()
 adamw_ = torch.ops.childtune.adamw_
 adamw_bernoulli_ = torch.ops.childtune.adamw_bernoulli_
 adamw_masked_ = torch.ops.childtune.adamw_masked_
+adamw_compact_ = torch.ops.childtune.adamw_compact_
 square_accumulate_ = torch.ops.childtune.square_accumulate_
 fisher_linear_ = torch.ops.childtune.fisher_linear_
 fisher_columns_ = torch.ops.childtune.fisher_columns_

@@ -61,7 +61,7 @@ def check_update(
     """
     n = len(params)
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
-    lists.update({name: extra[name] for name in ("keys", "mask_words", "lrs") if name in extra})
+    lists.update({name: extra[name] for name in ("keys", "mask_words", "indices", "lrs") if name in extra})
     for name, values in lists.items():
         if len(values) != n and not (name == "lrs" and not values):
             raise RuntimeError(f"{name} must have {n} entries, one a parameter, got {len(values)}")
@@ -79,8 +79,13 @@ def check_update(
         check_parameter(f"params[{i}]", param)
         if param.device != params[0].device:
             raise RuntimeError(f"params[{i}] must have the list's device {params[0].device}, got {param.device}")
-        check_gradient(f"params[{i}]", grads[i], param)
-        check_state(f"state {i}", param, steps[i], exp_avgs[i], exp_avg_sqs[i])
+        if "indices" in extra:
+            shape = check_indices(f"indices[{i}]", extra["indices"][i], param, exp_avgs[i])
+            check_packed_gradient(f"params[{i}]", grads[i], param, shape)
+        else:
+            shape = tuple(param.shape)
+            check_gradient(f"params[{i}]", grads[i], param)
+        check_state(f"state {i}", param, steps[i], exp_avgs[i], exp_avg_sqs[i], shape)
         if extra.get("lrs"):
             _check_scalar(f"lrs[{i}]", extra["lrs"][i], param.device)
         for name, value in (("params", param), ("grads", grads[i])):
@@ -93,11 +98,37 @@ def check_update(
             _check_scalar(name, extra[name], params[0].device)
 
 
-def check_state(label: str, param: Tensor, step: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-    """Refuse optimizer state that does not fit its parameter."""
+def check_state(
+    label: str, param: Tensor, step: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, shape: tuple[int, ...] | None = None
+) -> None:
+    """Refuse optimizer state that does not fit its parameter; ``shape``: of the moments, by default the parameter's."""
     _check_scalar(f"{label}: step", step, param.device)
-    _check_like(f"{label}: exp_avg", exp_avg, param, WEIGHT_DTYPES)
-    _check_like(f"{label}: exp_avg_sq", exp_avg_sq, param, (exp_avg.dtype,))
+    _check_like(f"{label}: exp_avg", exp_avg, param, WEIGHT_DTYPES, shape)
+    _check_like(f"{label}: exp_avg_sq", exp_avg_sq, param, (exp_avg.dtype,), shape)
+
+
+def check_indices(label: str, index: Tensor, param: Tensor, exp_avg: Tensor) -> tuple[int, ...]:
+    """Refuse indices that no child of the parameter can have; return the shape that its moments must have.
+
+    That they ascend and lie inside the parameter is their maker's word: looking would wait for the device.
+    """
+    if index.dtype != torch.int32 or index.dim() != 1 or index.device != param.device or not index.is_contiguous():
+        raise RuntimeError(
+            f"{label} must be contiguous 1-D int32 on {param.device}, "
+            f"got {index.dim()}-D {index.dtype} on {index.device}, strides {index.stride()}"
+        )
+    if index.numel() > param.numel() or param.numel() >= 2**31:
+        raise RuntimeError(f"{label} must index at most {min(param.numel(), 2**31 - 1)} elements, got {index.numel()}")
+    whole = index.numel() == 0 and exp_avg.numel() != 0
+    return tuple(param.shape) if whole else (index.numel(),)
+
+
+def check_packed_gradient(label: str, grad: Tensor, param: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse a gradient that is neither the parameter's nor its child's."""
+    if param.shape in (grad.shape, shape):
+        check_gradient(label, grad, param)
+    else:
+        _check_like(f"gradient of {label}", grad, param, (param.dtype,), shape)
 
 
 def check_words(label: str, words: Tensor, param: Tensor) -> None:
@@ -217,10 +248,13 @@ def check_overlap(a: Tensor, b: Tensor) -> None:
         )
 
 
-def _check_like(label: str, value: Tensor, param: Tensor, dtypes: Sequence[torch.dtype]) -> None:
-    if value.shape != param.shape or value.device != param.device or value.dtype not in dtypes:
+def _check_like(
+    label: str, value: Tensor, param: Tensor, dtypes: Sequence[torch.dtype], shape: tuple[int, ...] | None = None
+) -> None:
+    shape = tuple(param.shape if shape is None else shape)
+    if value.shape != shape or value.device != param.device or value.dtype not in dtypes:
         raise RuntimeError(
-            f"{label} must have shape {tuple(param.shape)}, device {param.device} and dtype in "
+            f"{label} must have shape {shape}, device {param.device} and dtype in "
             f"{[str(d) for d in dtypes]}, got {tuple(value.shape)}, {value.device}, {value.dtype}"
         )
     if not value.is_contiguous():

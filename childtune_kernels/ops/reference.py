@@ -222,6 +222,47 @@ def adamw_masked_(
             step.write(target, value)
 
 
+def adamw_compact_(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    steps,
+    hyper,
+    indices,
+    keys,
+    lrs=(),
+    grad_scale=None,
+    found_inf=None,
+    grad_norm=None,
+) -> None:
+    """Child-Tuning_D with moments of the child alone: entry j of a packed tensor belongs to element indices[j].
+
+    A gradient is parameter-shaped or packed likewise. Inside the child, F's mask applies as in `adamw_bernoulli_`.
+    """
+    if not params:
+        return
+    step = _Step(steps, hyper, lrs, grad_scale, found_inf, grad_norm)
+    ps = hyper[:, HYPER_COLUMNS.index("reserve_p")].tolist()
+    rows = zip(params, grads, exp_avgs, exp_avg_sqs, step.scalars, indices, keys, step.t, ps, strict=True)
+    for param, grad, exp_avg, exp_avg_sq, s, index, key, t, p in rows:
+        if exp_avg.numel() == 0:  # nothing of it is in the child
+            continue
+        whole = not index.numel()
+        elements = (torch.arange(param.numel(), device=param.device) if whole else index).long().view(exp_avg.shape)
+        packed = grad if grad.shape == exp_avg.shape else grad.view(-1)[elements]
+        g = packed.float() * s.grad_multiplier  # Eq. 1-3
+        if p < 1:
+            g = torch.where(philox.keep_bits(elements, key, t, p), g * s.inv_p, 0.0)  # Eq. 4
+        m, v = advance_moments(g, exp_avg, exp_avg_sq, s)
+        flat = param.view(-1)
+        weights = flat[elements]
+        step.write(weights, advance_weights(weights, m, v, s))
+        flat[elements] = weights
+        step.write(exp_avg, m)
+        step.write(exp_avg_sq, v)
+
+
 def square_accumulate_(accumulators, grads, scale) -> None:
     """accumulator = accumulator + (grad * grad) * scale, in fp32: one term of Eq. 10."""
     for accumulator, grad in zip(accumulators, grads, strict=True):

@@ -1,4 +1,4 @@
-"""The three AdamW updates in Triton: a small launch derives every parameter's scalars, a second updates all weights.
+"""The AdamW updates in Triton: a small launch derives every parameter's scalars, a second updates all weights.
 
 Source: Algorithm 1 and Eq. 1-4 of Xu et al. 2021; order of operations: `reference`.
 """
@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 from .fixed import Fixed
+from .reference import HYPER_COLUMNS
+from .triton_compact import GRAD_PACKED, compact_block
 from .triton_launch import (
     INTERPRET,
     OPTIONS,
@@ -26,31 +28,21 @@ from .triton_launch import (
 )
 from .triton_philox import keep_bits
 from .triton_scalars import (
+    CHILD,
     EXP_AVG,
     EXP_AVG_SQ,
-    EXTRA,
     GRAD,
+    KEY,
     NUMEL,
     PARAM,
     SCALARS,
+    advance,
     begin_kernel,
     scalar,
 )
 
 # What a launch does with its gradients: one kernel, since these differ in a few lines of it.
-_PLAIN, _BERNOULLI, _CHILD, _CHILD_DECAY_ALL = map(tl.constexpr, range(4))
-
-
-@triton.jit
-def _advance(param, g, exp_avg, exp_avg_sq, row):
-    """Return the new fp32 (param, exp_avg, exp_avg_sq): the one Triton statement of the formula."""
-    exp_avg = scalar(row, 2) * exp_avg + scalar(row, 3) * g  # Alg. 1, line 8
-    exp_avg_sq = scalar(row, 4) * exp_avg_sq + scalar(row, 5) * (g * g)  # Alg. 1, line 9
-    param = param + scalar(row, 9) * param
-    denominator = tl.sqrt_rn(exp_avg_sq) * scalar(row, 8) + scalar(row, 6)
-    param = param - scalar(row, 7) * tl.div_rn(exp_avg, denominator)  # Alg. 1, lines 10-12
-    param = param + scalar(row, 10) * param
-    return param, exp_avg, exp_avg_sq
+_PLAIN, _BERNOULLI, _CHILD, _CHILD_DECAY_ALL, _COMPACT, _COMPACT_BERNOULLI = map(tl.constexpr, range(6))
 
 
 @triton.jit
@@ -76,7 +68,7 @@ def _pointers(
 @triton.jit
 def _dense_block(
     addresses,
-    extra,
+    key,
     row,
     start,
     numel,
@@ -104,7 +96,7 @@ def _dense_block(
     if BERNOULLI:
         keep = keep_bits(
             start,
-            extra,
+            key,
             tl.load(row + 11).to(tl.uint32),
             tl.load(row + 12).to(tl.uint32),
             0,
@@ -112,7 +104,7 @@ def _dense_block(
         )
         g = tl.where(keep, g * scalar(row, 1), 0.0)  # Eq. 4
 
-    param, exp_avg, exp_avg_sq = _advance(param, g, exp_avg, exp_avg_sq, row)
+    param, exp_avg, exp_avg_sq = advance(param, g, exp_avg, exp_avg_sq, row)
 
     tl.store(param_ptr, rounded(param, PARAM_DTYPE, INTERPRET), mask=inside)
     tl.store(exp_avg_ptr, rounded(exp_avg, STATE_DTYPE, INTERPRET), mask=inside)
@@ -161,7 +153,7 @@ def _masked_block(
     exp_avg = widened(tl.load(exp_avg_ptr, mask=touched), INTERPRET)
     exp_avg_sq = widened(tl.load(exp_avg_sq_ptr, mask=touched), INTERPRET)
 
-    param, exp_avg, exp_avg_sq = _advance(old_param, grad * scalar(row, 0), exp_avg, exp_avg_sq, row)
+    param, exp_avg, exp_avg_sq = advance(old_param, grad * scalar(row, 0), exp_avg, exp_avg_sq, row)
 
     written = keep
     if DECAY_ALL:  # as the released code: weights outside the child decay
@@ -176,7 +168,8 @@ def _masked_block(
 @triton.jit
 def _update_block(
     addresses,
-    extra,
+    key,
+    child,
     row,
     start,
     numel,
@@ -190,17 +183,24 @@ def _update_block(
     BLOCK: tl.constexpr,
 ):
     MASKED: tl.constexpr = RULE == _CHILD or RULE == _CHILD_DECAY_ALL
+    COMPACT: tl.constexpr = RULE == _COMPACT or RULE == _COMPACT_BERNOULLI
+    BERNOULLI: tl.constexpr = RULE == _BERNOULLI or RULE == _COMPACT_BERNOULLI
     whole = True
-    if MASKED:
-        whole = extra == 0  # no words: a tensor that the mask does not name
+    if MASKED or COMPACT:
+        whole = child == 0  # no words or indices: a tensor that the mask does not name
     if whole:
         _dense_block(
-            addresses, extra, row, start, numel, RULE == _BERNOULLI,
+            addresses, key, row, start, numel, BERNOULLI,
             PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED, FULL, INTERPRET, BLOCK,
         )  # fmt: skip
     elif MASKED:
         _masked_block(
-            addresses, extra, row, start, numel, RULE == _CHILD_DECAY_ALL,
+            addresses, child, row, start, numel, RULE == _CHILD_DECAY_ALL,
+            PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED, FULL, INTERPRET, BLOCK,
+        )  # fmt: skip
+    elif COMPACT:
+        compact_block(
+            addresses, key, child, row, start, numel, BERNOULLI,
             PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED, FULL, INTERPRET, BLOCK,
         )  # fmt: skip
 
@@ -237,7 +237,8 @@ def _update_kernel(
         tl.load(field + EXP_AVG * n),
         tl.load(field + EXP_AVG_SQ * n),
     )
-    extra = tl.load(field + EXTRA * n)
+    key = tl.load(field + KEY * n)
+    child = tl.load(field + CHILD * n)
     numel = tl.load(field + NUMEL * n)
     apply = tl.load(row + 13)  # 0 where the gradients overflowed: nothing is written
     aligned = (
@@ -245,6 +246,8 @@ def _update_kernel(
         & is_aligned(addresses[2], STATE_DTYPE)
         & is_aligned(addresses[3], STATE_DTYPE)
     )
+    if RULE == _COMPACT or RULE == _COMPACT_BERNOULLI:
+        aligned = aligned & is_aligned(child & ~GRAD_PACKED, tl.int32)
     if apply != 0:
         # several parts a program: the loads above are waited for once
         for part in range(0, BLOCK, PART):
@@ -253,19 +256,19 @@ def _update_kernel(
                 # gradients that are views of a bucket may lie anywhere, and must not make the rest scalar
                 if is_aligned(addresses[1], PARAM_DTYPE):
                     _update_block(
-                        addresses, extra, row, first, numel, RULE,
+                        addresses, key, child, row, first, numel, RULE,
                         PARAM_DTYPE, STATE_DTYPE, True, True, True, INTERPRET, PART,
                     )  # fmt: skip
                 else:
                     _update_block(
-                        addresses, extra, row, first, numel, RULE,
+                        addresses, key, child, row, first, numel, RULE,
                         PARAM_DTYPE, STATE_DTYPE, True, False, True, INTERPRET, PART,
                     )  # fmt: skip
             else:  # one element a thread at a time: scalar accesses to a whole part would double the registers
                 for element in range(0, PART, SCALAR_PART):
                     if first + element < numel:
                         _update_block(
-                            addresses, extra, row, first + element, numel, RULE,
+                            addresses, key, child, row, first + element, numel, RULE,
                             PARAM_DTYPE, STATE_DTYPE, False, False, False, INTERPRET, SCALAR_PART,
                         )  # fmt: skip
 
@@ -279,10 +282,12 @@ _SIZES = {
     _BERNOULLI.value: (1024, 512, 64, 2),
     _CHILD.value: (256, 256, 32, 2),
     _CHILD_DECAY_ALL.value: (256, 256, 32, 2),
+    _COMPACT.value: (256, 256, 64, 2),
+    _COMPACT_BERNOULLI.value: (256, 256, 64, 2),
 }
 
 
-def _run(rule, lists, extra, lrs, grad_scale, found_inf, grad_norm) -> None:
+def _run(rule, lists, keys, children, lrs, grad_scale, found_inf, grad_norm) -> None:
     """Upload one table, derive the scalars in one launch, update in one launch a combination of dtypes."""
     if not lists[0]:
         return
@@ -291,9 +296,11 @@ def _run(rule, lists, extra, lrs, grad_scale, found_inf, grad_norm) -> None:
     device, n = params[0].device, len(params)
     block, part, scalar_part, num_warps = _SIZES[rule]
     kinds = zip(params.dtypes, exp_avgs.dtypes, strict=True)
-    plan = params.derive(f"layout of {block}", exp_avgs, lambda: layout(device, block, params.numels, tuple(kinds)))
+    plan = params.derive(f"layout of {block}", exp_avgs, lambda: layout(device, block, exp_avgs.numels, tuple(kinds)))
+    none = np.zeros(n, np.int64)
     fields = [values.addresses for values in tensors]
-    fields += [Fixed.of(lrs).addresses if lrs else np.zeros(n, np.int64), extra, plan.numels]
+    fields += [Fixed.of(lrs).addresses if lrs else none, none if keys is None else Fixed.of(keys).words]
+    fields += [none if children is None else children, plan.numels]
     host = np.concatenate((fields, hyper.numpy().view(np.int64).T))
     if plan.order is not None:
         host = host[:, plan.order]
@@ -330,7 +337,7 @@ def adamw_(
 ) -> None:
     """Launch `reference.adamw_`."""
     lists = (params, grads, exp_avgs, exp_avg_sqs, steps, hyper)
-    _run(_PLAIN.value, lists, np.zeros(len(params), np.int64), lrs, grad_scale, found_inf, grad_norm)
+    _run(_PLAIN.value, lists, None, None, lrs, grad_scale, found_inf, grad_norm)
 
 
 def adamw_bernoulli_(
@@ -338,7 +345,7 @@ def adamw_bernoulli_(
 ) -> None:
     """Launch `reference.adamw_bernoulli_`."""
     lists = (params, grads, exp_avgs, exp_avg_sqs, steps, hyper)
-    _run(_BERNOULLI.value, lists, Fixed.of(keys).words, lrs, grad_scale, found_inf, grad_norm)
+    _run(_BERNOULLI.value, lists, keys, None, lrs, grad_scale, found_inf, grad_norm)
 
 
 def adamw_masked_(
@@ -358,4 +365,27 @@ def adamw_masked_(
     """Launch `reference.adamw_masked_`."""
     lists = (params, grads, exp_avgs, exp_avg_sqs, steps, hyper)
     rule = (_CHILD_DECAY_ALL if decay_all else _CHILD).value
-    _run(rule, lists, Fixed.of(mask_words).addresses, lrs, grad_scale, found_inf, grad_norm)
+    _run(rule, lists, None, Fixed.of(mask_words).addresses, lrs, grad_scale, found_inf, grad_norm)
+
+
+def adamw_compact_(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    steps,
+    hyper,
+    indices,
+    keys,
+    lrs=(),
+    grad_scale=None,
+    found_inf=None,
+    grad_norm=None,
+) -> None:
+    """Launch `reference.adamw_compact_`."""
+    lists = (Fixed.of(params), Fixed.of(grads), Fixed.of(exp_avgs), exp_avg_sqs, steps, hyper)
+    p = hyper.numpy()[:, HYPER_COLUMNS.index("reserve_p")]
+    rule = (_COMPACT_BERNOULLI if (p < 1).any() else _COMPACT).value
+    packed = np.array(lists[1].numels) != np.array(lists[0].numels)
+    children = Fixed.of(indices).addresses | packed * GRAD_PACKED.value
+    _run(rule, lists, keys, children, lrs, grad_scale, found_inf, grad_norm)

@@ -27,3 +27,16 @@ def keep_bits(start, key, step, last_kept, domain, BLOCK: tl.constexpr):
     zeros = tl.zeros_like(c0)
     w0, w1, w2, w3 = tl.philox_impl(c0, c1, zeros + step, zeros + domain, k0, k1, 10)
     return interleave(w0 <= last_kept, w1 <= last_kept, w2 <= last_kept, w3 <= last_kept, BLOCK)
+
+
+@triton.jit
+def keep_bits_of(elements, key, step, last_kept, domain):
+    """Return the keep-bits of any elements, int32 and not negative: a counter each, and one of its words."""
+    quad = elements >> 2
+    zeros = tl.zeros_like(quad).to(tl.uint32)
+    k0 = key.to(tl.uint32)
+    k1 = (key.to(tl.int64) >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox_impl(quad.to(tl.uint32), zeros, zeros + step, zeros + domain, k0, k1, 10)
+    lane = elements & 3
+    word = tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
+    return word <= last_kept

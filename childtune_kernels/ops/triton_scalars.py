@@ -1,6 +1,7 @@
-"""What an update needs before it starts: every parameter's scalars, derived on the device in one small launch.
+"""The formula of an update, and every parameter's scalars for it, derived on the device in one small launch.
 
-The rule is `reference.derive_scalars`; here one lane does it for one parameter.
+The rules are `reference.advance_moments`, `advance_weights` and `derive_scalars`; of the last, one lane does one
+parameter.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import triton
 import triton.language as tl
 
 # Fields of the table, then the columns of `hyper`; field f of parameter i is at f * n + i.
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, STEP, LR, EXTRA, NUMEL, HYPER = map(tl.constexpr, range(9))
+# KEY: of the mask stream; CHILD: the address of mask words or indices, 0 where the whole tensor is in the child.
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, STEP, LR, KEY, CHILD, NUMEL, HYPER = map(tl.constexpr, range(10))
 SCALARS = tl.constexpr(16)  # 32-bit words a parameter in the table of derived scalars: one 64-byte line
 STEP_BITS = tl.constexpr(24)
 
@@ -96,3 +98,15 @@ def _put(row, COLUMN: tl.constexpr, value, own):
 def scalar(row, COLUMN: tl.constexpr):
     """Read one fp32 scalar of a parameter's row."""
     return tl.load(row + COLUMN).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def advance(param, g, exp_avg, exp_avg_sq, row):
+    """Return the new fp32 (param, exp_avg, exp_avg_sq): the one Triton statement of the formula."""
+    exp_avg = scalar(row, 2) * exp_avg + scalar(row, 3) * g  # Alg. 1, line 8
+    exp_avg_sq = scalar(row, 4) * exp_avg_sq + scalar(row, 5) * (g * g)  # Alg. 1, line 9
+    param = param + scalar(row, 9) * param
+    denominator = tl.sqrt_rn(exp_avg_sq) * scalar(row, 8) + scalar(row, 6)
+    param = param - scalar(row, 7) * tl.div_rn(exp_avg, denominator)  # Alg. 1, lines 10-12
+    param = param + scalar(row, 10) * param
+    return param, exp_avg, exp_avg_sq

@@ -1,4 +1,4 @@
-// The three updates: check, derive the scalars, advance the step counters, and run one parallel loop over the lists.
+// The updates: check, derive the scalars, advance the step counters, and run one parallel loop over the lists.
 #include "../adamw.h"
 
 #include "../checks.h"
@@ -46,7 +46,7 @@ void run(const UpdateLists& u, const std::vector<Scalars>& scalars, Loop loop, c
   for (size_t i = 0; i < scalars.size(); ++i) {
     parameters.push_back(arrays(u, i, scalars[i]));
     complete(i, parameters.back());
-    numels.push_back(u.params[i].numel());
+    numels.push_back(u.exp_avgs[i].numel());
   }
   parallel_elements(numels, [&](size_t i, int64_t first, int64_t last) { loop(parameters[i], first, last); });
 }
@@ -83,6 +83,23 @@ void adamw_masked_(const Tensors& params, const Tensors& grads, const Tensors& e
   run(u, begin_step(u), loops().adamw_masked, [&](size_t i, Parameter& p) {
     if (mask_words[i].numel() != 0) p.mask_words = static_cast<const uint32_t*>(mask_words[i].const_data_ptr());
     p.decay_all = decay_all;
+  });
+}
+
+void adamw_compact_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+                    const Tensors& steps, const Tensor& hyper, const Tensors& indices, const std::vector<int64_t>& keys,
+                    const Tensors& lrs, const MaybeTensor& grad_scale, const MaybeTensor& found_inf,
+                    const MaybeTensor& grad_norm) {
+  const UpdateLists u{params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs, grad_scale, found_inf, grad_norm};
+  check_update(u, &indices);
+  check_keys(u, keys);
+  const std::vector<Scalars> scalars = begin_step(u);
+  std::vector<Stream> streams;
+  for (size_t i = 0; i < scalars.size(); ++i) streams.push_back(make_stream(keys[i], scalars[i].t, kGradientMask));
+  run(u, scalars, loops().adamw_compact, [&](size_t i, Parameter& p) {
+    p.stream = u.hyper_row(i).reserve_p < 1 ? &streams[i] : nullptr;
+    p.indices = is_whole(u, indices, i) ? nullptr : static_cast<const int32_t*>(indices[i].const_data_ptr());
+    p.grad_packed = is_packed(u, i);
   });
 }
 

@@ -126,6 +126,67 @@ void update_child(const Parameter& p, int64_t first, int64_t last) {
   }
 }
 
+template <typename T>
+void gather(const T* values, const int32_t* indices, int n, float* buffer) {
+  for (int i = 0; i < n; ++i) buffer[i] = static_cast<float>(values[indices[i]]);
+}
+
+void gather(const void* data, ScalarType dtype, const int32_t* indices, int n, float* buffer) {
+  if (dtype == ScalarType::Float) return gather(static_cast<const float*>(data), indices, n, buffer);
+  if (dtype == ScalarType::BFloat16) return gather(static_cast<const c10::BFloat16*>(data), indices, n, buffer);
+  gather(static_cast<const c10::Half*>(data), indices, n, buffer);
+}
+
+template <typename T>
+void scatter(const float* buffer, const int32_t* indices, int n, T* values) {
+  for (int i = 0; i < n; ++i) values[indices[i]] = static_cast<T>(buffer[i]);
+}
+
+void scatter(const float* buffer, ScalarType dtype, const int32_t* indices, int n, void* data) {
+  if (dtype == ScalarType::Float) return scatter(buffer, indices, n, static_cast<float*>(data));
+  if (dtype == ScalarType::BFloat16) return scatter(buffer, indices, n, static_cast<c10::BFloat16*>(data));
+  scatter(buffer, indices, n, static_cast<c10::Half*>(data));
+}
+
+// A block of the child: moments lie packed, weights and full gradients are gathered by index.
+void update_compact_block(const Parameter& p, const Scalars& s, int64_t start, int n) {
+  alignas(64) float buffers[4][kBlock];
+  const int32_t* indices = p.indices + start;
+  float* param = buffers[1];
+  gather(p.param, p.weight_dtype, indices, n, param);
+  const float* grad = buffers[0];
+  if (p.grad_packed) {
+    grad = load(const_cast<void*>(p.grad), p.weight_dtype, start, n, buffers[0]);
+  } else {
+    gather(p.grad, p.weight_dtype, indices, n, buffers[0]);
+  }
+  float* exp_avg = load(p.exp_avg, p.moment_dtype, start, n, buffers[2]);
+  float* exp_avg_sq = load(p.exp_avg_sq, p.moment_dtype, start, n, buffers[3]);
+  if (p.stream) {
+    alignas(64) float scaled[kBlock];
+    for (int i = 0; i < n; ++i) {
+      uint32_t words[4];
+      draw_quad(static_cast<uint64_t>(indices[i]) / 4, *p.stream, words);
+      scaled[i] = reserve_gradient(grad[i] * s.grad_multiplier, words[indices[i] % 4], s);
+    }
+    for (int i = 0; i < n; ++i) update_weight(scaled[i], param[i], exp_avg[i], exp_avg_sq[i], s);
+  } else {
+#pragma omp simd
+    for (int i = 0; i < n; ++i)
+      update_weight(grad[i] * s.grad_multiplier, param[i], exp_avg[i], exp_avg_sq[i], s);
+  }
+  scatter(param, p.weight_dtype, indices, n, p.param);
+  store(exp_avg, p.exp_avg, p.moment_dtype, start, n);
+  store(exp_avg_sq, p.exp_avg_sq, p.moment_dtype, start, n);
+}
+
+void update_compact(const Parameter& p, int64_t first, int64_t last) {
+  if (!p.indices) return p.stream ? update<Mask::kBernoulli>(p, first, last) : update<Mask::kNone>(p, first, last);
+  const Scalars s = *p.scalars;
+  for (int64_t start = first; start < last; start += kBlock)
+    update_compact_block(p, s, start, static_cast<int>(std::min<int64_t>(kBlock, last - start)));
+}
+
 void bernoulli_words(uint32_t* out, int64_t numel, uint64_t first_quad, const Stream& stream, uint32_t last_kept) {
   alignas(64) uint32_t words[kBlock];
   for (int64_t start = 0; start < numel; start += kWordBits) {
@@ -141,7 +202,7 @@ void bernoulli_words(uint32_t* out, int64_t numel, uint64_t first_quad, const St
 }  // namespace
 
 const Loops kLoops = {C10_STRINGIZE(CHILDTUNE_ISA), update<Mask::kNone>, update<Mask::kBernoulli>, update_child,
-                      bernoulli_words};
+                      update_compact, bernoulli_words};
 
 }  // namespace CHILDTUNE_ISA
 }  // namespace childtune

@@ -1,4 +1,4 @@
-// The three updates: one small kernel derives every parameter's scalars on the device and advances the step counters,
+// The updates: one small kernel derives every parameter's scalars on the device and advances the step counters,
 // then one launch updates all tensors of a dtype pair. No host synchronisation, safe to capture.
 #include "../adamw.h"
 
@@ -8,7 +8,7 @@
 namespace childtune {
 namespace {
 
-enum class Mask { kNone, kBernoulli, kChild };
+enum class Mask { kNone, kBernoulli, kChild, kCompact };
 
 struct ScalarRecord {
   float* step;
@@ -22,13 +22,15 @@ struct UpdateRecord {
   void* exp_avg;
   void* exp_avg_sq;
   const Scalars* scalars;
-  union {
-    int64_t key;                 // kBernoulli
-    const uint32_t* mask_words;  // kChild; null where the whole tensor is in the child
+  int64_t key;                   // kBernoulli, kCompact
+  union {                        // null where the whole tensor is in the child
+    const uint32_t* mask_words;  // kChild
+    const int32_t* indices;      // kCompact
   };
-  int64_t numel;
+  int64_t numel;  // of the moments
   unsigned first_block;
   bool grad_aligned, state_aligned;  // state: param, exp_avg and exp_avg_sq
+  bool draws, grad_packed;           // kCompact: F's mask is drawn; gradients lie like moments
 };
 
 struct GradientState {
@@ -94,6 +96,43 @@ __device__ void update_group(const UpdateRecord& r, const Scalars& s, int64_t st
   }
 }
 
+// A group of the child: moments lie packed, weights and full gradients are gathered by index.
+template <typename Weight, typename Moment>
+__device__ void update_compact_group(const UpdateRecord& r, const Scalars& s, int64_t start) {
+  const int n = r.numel - start < kGroup ? static_cast<int>(r.numel - start) : kGroup;
+  auto* const params = static_cast<Weight*>(r.param);
+  const auto* const grads = static_cast<const Weight*>(r.grad);
+  auto* const exp_avgs = static_cast<Moment*>(r.exp_avg);
+  auto* const exp_avg_sqs = static_cast<Moment*>(r.exp_avg_sq);
+  float grad[kGroup], exp_avg[kGroup], exp_avg_sq[kGroup];
+  int32_t index[kGroup];
+
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) index[j] = r.indices[start + (j < n ? j : 0)];
+  if (r.grad_packed) {
+    load_group(grads, start, n, r.grad_aligned, grad);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) grad[j] = static_cast<float>(grads[index[j]]);
+  }
+  load_group(exp_avgs, start, n, r.state_aligned, exp_avg);
+  load_group(exp_avg_sqs, start, n, r.state_aligned, exp_avg_sq);
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) {
+    float g = grad[j] * s.grad_multiplier;
+    if (r.draws) {
+      uint32_t words[4];
+      draw_quad(static_cast<uint64_t>(index[j]) / 4, make_stream(r.key, s.t, kGradientMask), words);
+      g = reserve_gradient(g, words[index[j] % 4], s);
+    }
+    float param = static_cast<float>(params[index[j]]);
+    update_weight(g, param, exp_avg[j], exp_avg_sq[j], s);
+    if (j < n) params[index[j]] = static_cast<Weight>(param);
+  }
+  store_group(exp_avg, exp_avgs, start, n, r.state_aligned);
+  store_group(exp_avg_sq, exp_avg_sqs, start, n, r.state_aligned);
+}
+
 template <Mask kMask, typename Weight, typename Moment>
 __global__ void __launch_bounds__(kThreads)
     update_kernel(const __grid_constant__ Table<UpdateRecord> table, const float* found_inf, bool decay_all) {
@@ -104,7 +143,16 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int k = 0; k < kGroupsPerThread; ++k) {
     const int64_t start = tile + (k * kThreads + threadIdx.x) * kGroup;
-    if (start < r.numel) update_group<kMask, Weight, Moment>(r, s, start, decay_all);
+    if (start >= r.numel) continue;
+    if constexpr (kMask != Mask::kCompact) {
+      update_group<kMask, Weight, Moment>(r, s, start, decay_all);
+    } else if (r.indices) {
+      update_compact_group<Weight, Moment>(r, s, start);
+    } else if (r.draws) {
+      update_group<Mask::kBernoulli, Weight, Moment>(r, s, start, decay_all);
+    } else {
+      update_group<Mask::kNone, Weight, Moment>(r, s, start, decay_all);
+    }
   }
 }
 
@@ -135,7 +183,7 @@ UpdateRecord make_record(const UpdateLists& u, size_t i, const Scalars* scalars)
   r.exp_avg = u.exp_avgs[i].mutable_data_ptr();
   r.exp_avg_sq = u.exp_avg_sqs[i].mutable_data_ptr();
   r.scalars = scalars + i;
-  r.numel = u.params[i].numel();
+  r.numel = u.exp_avgs[i].numel();
   r.grad_aligned = is_aligned(u.grads[i]);  // a view of a communication buffer often is not
   r.state_aligned = is_aligned(u.params[i]) && is_aligned(u.exp_avgs[i]) && is_aligned(u.exp_avg_sqs[i]);
   return r;
@@ -202,6 +250,23 @@ void adamw_masked_(const Tensors& params, const Tensors& grads, const Tensors& e
   check_mask_words(u, mask_words);
   run<Mask::kChild>(u, decay_all, [&](size_t i, UpdateRecord& r) {
     if (mask_words[i].numel() != 0) r.mask_words = static_cast<const uint32_t*>(mask_words[i].const_data_ptr());
+  });
+}
+
+void adamw_compact_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+                    const Tensors& steps, const Tensor& hyper, const Tensors& indices, const std::vector<int64_t>& keys,
+                    const Tensors& lrs, const MaybeTensor& grad_scale, const MaybeTensor& found_inf,
+                    const MaybeTensor& grad_norm) {
+  const UpdateLists u{params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs, grad_scale, found_inf, grad_norm};
+  check_update(u, &indices);
+  check_keys(u, keys);
+  run<Mask::kCompact>(u, false, [&](size_t i, UpdateRecord& r) {
+    r.key = keys[i];
+    r.draws = u.hyper_row(i).reserve_p < 1;
+    r.grad_packed = is_packed(u, i);
+    if (is_whole(u, indices, i)) return;
+    r.indices = static_cast<const int32_t*>(indices[i].const_data_ptr());
+    r.state_aligned = is_aligned(u.exp_avgs[i]) && is_aligned(u.exp_avg_sqs[i]);
   });
 }
 

@@ -1,0 +1,100 @@
+"""How an optimizer holds what belongs to the child: packed, in the order of the mask's bits, or like its parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .mask import ChildMask
+from .ops.checks import require
+
+
+class Packing:
+    """Where each parameter's child lies, for tensors that hold nothing else.
+
+    A parameter that is partly in the child has int32 indices, ascending, and packed tensors of as many entries. One
+    that is wholly in the child, or not named by the mask, has no indices and tensors of its own shape; one wholly
+    outside has neither indices nor entries. Indices are made when first asked for and kept.
+
+    Args:
+        mask: the child network; kept on the CPU, since the indices are all that a step reads.
+    """
+
+    def __init__(self, mask: ChildMask):
+        self.mask = mask.to("cpu")
+        self._indices: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        for name in self.mask:
+            numel = self.mask.shape(name).numel()
+            require(f"mask of {name!r}", f"{numel} elements", numel < 2**31, "below 2**31 elements in packed state")
+
+    def count(self, name: str) -> int:
+        """Return how many weights of one parameter that the mask names are in the child."""
+        if name not in self._counts:
+            self._counts[name] = self.mask.count(name)
+        return self._counts[name]
+
+    def is_partial(self, name: str) -> bool:
+        """Whether some weights of a parameter are in the child and some are not."""
+        return name in self.mask and 0 < self.count(name) < self.mask.shape(name).numel()
+
+    def is_whole(self, name: str) -> bool:
+        """Whether a parameter is trained wholly: its tensors are like itself."""
+        return name not in self.mask or self.count(name) == self.mask.shape(name).numel()
+
+    def shape(self, name: str, param: Tensor) -> torch.Size:
+        """Return the shape of what is held for a parameter's child."""
+        return param.shape if self.is_whole(name) else torch.Size((self.count(name),))
+
+    def indices(self, name: str, device: torch.device) -> Tensor:
+        """Return the child's elements of one parameter, int32 [count], or [0] where none or all are in it."""
+        kept = self._indices.get(name)
+        if kept is None or kept.device != device:
+            kept = torch.empty(0, dtype=torch.int32, device=device)
+            if self.is_partial(name):
+                kept = _positions(self.mask.words(name).to(device), self.mask.shape(name).numel())
+            self._indices[name] = kept
+        return kept
+
+    def pack(self, name: str, values: Tensor) -> Tensor:
+        """Return the child's entries of a parameter-shaped tensor."""
+        if self.is_whole(name):
+            return values
+        return values.reshape(-1)[self.indices(name, values.device)]  # all of it outside: no indices, no entries
+
+    def nbytes(self) -> int:
+        """Return the bytes that the indices made so far take."""
+        return sum(index.nbytes for index in self._indices.values())
+
+
+def unpack(packed: Tensor, words: Tensor, shape: torch.Size) -> Tensor:
+    """Return a tensor of ``shape`` with packed entries where the words' bits are set, zero elsewhere."""
+    dense = torch.zeros(shape, dtype=packed.dtype, device=packed.device)
+    dense.view(-1)[_positions(words.to(packed.device), dense.numel())] = packed
+    return dense
+
+
+def _positions(words: Tensor, numel: int) -> Tensor:
+    return ops.unpack_bits(words, numel).nonzero().view(-1).to(torch.int32)
+
+
+def thawed(mask: ChildMask, params: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return, by name, how many weights outside the child differ in any bit from a reference, where any do.
+
+    Raises:
+        ValueError: the reference lacks a parameter that the mask names, or has it of another shape or dtype.
+    """
+    differing = {}
+    for name in mask:
+        param, other = params[name], reference.get(name)
+        expected = f"{tuple(param.shape)} {param.dtype}"
+        got = "nothing" if other is None else f"{tuple(other.shape)} {other.dtype}"
+        require(f"reference of {name!r}", got, got == expected, expected)
+        integers = {2: torch.int16, 4: torch.int32}[param.element_size()]
+        bits = [tensor.detach().to(param.device).contiguous().view(integers) for tensor in (param, other)]
+        if count := int(((bits[0] != bits[1]) & ~mask.to_dense(name).to(param.device)).sum()):
+            differing[name] = count
+    return differing

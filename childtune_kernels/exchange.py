@@ -1,0 +1,96 @@
+"""Optimizer state between runs: what a state dict holds, and state of other optimizers and layouts on its way in.
+
+Beside torch's keys, the entry of a parameter that a mask names holds ``child``, its mask words, int32 on the CPU. So
+packed state can be read by any optimizer, and is refused by one of another mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops, philox
+from .child import unpack
+from .ops.checks import require
+from .plan import MOMENTS
+
+CHILD = "child"
+
+
+def add_children(optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict whose entries say which child they belong to."""
+    if optimizer.mask is None:
+        return state_dict
+    names = [name for _, name, _ in optimizer.named()]
+    state = {
+        index: {**entry, CHILD: optimizer.mask.words(names[index]).cpu()} if names[index] in optimizer.mask else entry
+        for index, entry in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+def without_children(optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict as torch.optim.AdamW has it: parameter-shaped moments, zero outside the child."""
+    shapes = [param.shape for param, _, _ in optimizer.named()]
+    state = {}
+    for index, entry in state_dict["state"].items():
+        words = entry.get(CHILD)
+        state[index] = {key: value for key, value in entry.items() if key != CHILD}
+        state[index].update({key: unpacked(entry[key], words, shapes[index]) for key in MOMENTS})
+    return {**state_dict, "state": state}
+
+
+def read_state(optimizer, loaded: dict[str, Any]) -> dict[Tensor, dict]:
+    """Check a state dict against an optimizer and return its entries, copied, by parameter.
+
+    Raises:
+        ValueError: as `ChildAdamW.load_state_dict`.
+    """
+    sizes = [len(g["params"]) for g in loaded["param_groups"]]
+    expected = [len(g["params"]) for g in optimizer.param_groups]
+    require("state_dict", f"groups of {sizes}", sizes == expected, f"parameter groups of {expected} parameters")
+    names_of = {id(param): name for param, name, _ in optimizer.named()}
+    state = {}
+    for own, saved in zip(optimizer.param_groups, loaded["param_groups"], strict=True):
+        version = saved.get("mask_stream", philox.STREAM_VERSION)
+        wanted = f"mask stream version {philox.STREAM_VERSION}"
+        require("state_dict", f"version {version}", version == philox.STREAM_VERSION, wanted)
+        require("state_dict", "amsgrad state", not saved.get("amsgrad"), "state without amsgrad")
+        names, saved_names = own.get("param_names"), saved.get("param_names")
+        same = saved_names is None or names == saved_names or (names is None and optimizer.mask is None)
+        by_position = "parameters without names: this optimizer's mask knows them by position"
+        require("state_dict", saved_names, same, f"parameters named {names}" if names else by_position)
+        optimizer.check_group({**{k: v for k, v in own.items() if k != "params"}, **saved})
+        for param, index in zip(own["params"], saved["params"], strict=True):
+            if entry := loaded["state"].get(index):
+                state[param] = _read_entry(optimizer, param, names_of[id(param)], index, entry)
+    return state
+
+
+def _read_entry(optimizer, param: Tensor, name: str, index: int, entry: dict[str, Any]) -> dict[str, Any]:
+    complete = entry.keys() >= {"step", *MOMENTS}
+    require(f"state_dict: state of parameter {index}", sorted(entry), complete, "AdamW's step, exp_avg, exp_avg_sq")
+    words = entry.get(CHILD)
+    if words is not None and optimizer.mask is not None and name in optimizer.mask:
+        same = torch.equal(words.cpu(), optimizer.mask.words(name).cpu())
+        require(f"state_dict: child of {name!r}", "another mask's", same, "of this optimizer's mask")
+    restored = {"step": torch.as_tensor(entry["step"]).to(param.device, torch.float32, copy=True).view(())}
+    for key in MOMENTS:
+        got, shapes = entry[key].shape, {tuple(param.shape)}
+        if words is not None:
+            shapes.add((int(ops.popcount_bits(words.cpu())),))
+        expected = " or ".join(map(str, sorted(shapes, key=len, reverse=True)))
+        require(f"state_dict: {key} of parameter {index}", tuple(got), tuple(got) in shapes, f"shape {expected}")
+        moment = entry[key].to(param.device, optimizer.state_dtype)
+        if got != optimizer.state_shape(name, param):
+            moment = unpacked(moment, words, param.shape)
+            moment = moment if optimizer.packing is None else optimizer.packing.pack(name, moment)
+        restored[key] = moment.clone(memory_format=torch.contiguous_format)
+    return {**{key: value for key, value in entry.items() if key != CHILD}, **restored}
+
+
+def unpacked(moment: Tensor, words: Tensor | None, shape: torch.Size) -> Tensor:
+    """Return a moment like its parameter; ``words`` are the mask's, None for a parameter without."""
+    return moment if words is None or moment.shape == shape else unpack(moment, words, shape)
