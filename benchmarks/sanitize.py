@@ -26,6 +26,9 @@ def step(impl: str, dtype: torch.dtype, misaligned: int, **options) -> None:
     if options.pop("masked", False):
         options["mask"] = random_masks(params, 0.3)
     optimizer = ChildAdamW(params, impl=impl, **options)
+    for p in params if optimizer.pack_gradients else []:
+        if p in optimizer.hooks.hooks:
+            optimizer.hooks.receive(p)
     for _ in range(2):
         optimizer.step()
 
@@ -66,6 +69,9 @@ if __name__ == "__main__":
                 step(impl, dtype, misaligned)
                 step(impl, dtype, misaligned, reserve_p=0.3)
                 step(impl, dtype, misaligned, masked=True)
+                step(impl, dtype, misaligned, masked=True, reserve_p=0.3)
+                step(impl, dtype, misaligned, masked=True, pack_gradients=True)
+                step(impl, dtype, misaligned, masked=True, state="dense")
                 step(impl, dtype, misaligned, masked=True, decay="all", max_grad_norm=1.0)
         bits(impl)
     fisher()

@@ -63,7 +63,8 @@ class Packing:
         """Return the child's entries of a parameter-shaped tensor."""
         if self.is_whole(name):
             return values
-        return values.reshape(-1)[self.indices(name, values.device)]  # all of it outside: no indices, no entries
+        # all of it outside: no indices, no entries
+        return torch.index_select(values.reshape(-1), 0, self.indices(name, values.device))
 
     def nbytes(self) -> int:
         """Return the bytes that the indices made so far take."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import chain
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,10 +12,14 @@ from torch import Tensor, nn
 from . import ops, philox
 from .child import Packing, thawed
 from .exchange import add_children, read_state, unpacked, without_children
+from .hooks import GradientHooks, PackedGradients, StepInBackward
 from .mask import ChildMask
 from .ops import checks
 from .ops.checks import require
 from .plan import MOMENTS, SAMPLED_CHILD, Plan, check_group
+
+_OWN = ("mask", "packing", "dialect", "decay", "state_dtype", "max_grad_norm", "requested_impl")
+_OWN += ("pack_gradients", "fused_backward")
 
 
 class ChildAdamW(torch.optim.Optimizer):
@@ -49,6 +52,10 @@ class ChildAdamW(torch.optim.Optimizer):
             mask's bits; F's sampling inside the child needs it. "dense": moments like their parameters.
         state_dtype: of the moments: float32, bfloat16 or float16.
         max_grad_norm: clip by the global norm of all gradients, before the mask, inside the step; None: do not.
+        pack_gradients: in packed state, keep the child's entries of a gradient as soon as backward has it and free
+            ``p.grad``: full gradients exist one tensor at a time. Clipping then takes the child's norm.
+        fused_backward: take each parameter's step inside backward and free its gradient. Learning-rate schedules
+            work; ``step()`` must still follow each backward pass and ``zero_grad()`` does nothing.
         impl: "auto", or "triton", "csrc", "reference", which is then never replaced by another.
 
     Raises:
@@ -78,6 +85,8 @@ class ChildAdamW(torch.optim.Optimizer):
         state: str | None = None,
         state_dtype: torch.dtype = torch.float32,
         max_grad_norm: float | None = None,
+        pack_gradients: bool = False,
+        fused_backward: bool = False,
         impl: str = "auto",
     ):
         require("dialect", dialect, dialect in ("torch", "hf"), "'torch' or 'hf'")
@@ -97,7 +106,12 @@ class ChildAdamW(torch.optim.Optimizer):
         self.state_dtype = state_dtype
         self.max_grad_norm = max_grad_norm
         self.requested_impl = impl
-        self.gradient: Callable[[Tensor], Tensor | None] = attrgetter("grad")
+        packed = not pack_gradients or self.packing is not None
+        require("pack_gradients", pack_gradients, packed, "False where the state is not packed")
+        alone = not fused_backward or (not pack_gradients and max_grad_norm is None)
+        require("fused_backward", fused_backward, alone, "False where pack_gradients or max_grad_norm is given")
+        self.pack_gradients, self.fused_backward = pack_gradients, fused_backward
+        self.hooks: GradientHooks | None = None
         self._plan: Plan | None = None
         defaults = dict(
             lr=lr,
@@ -114,6 +128,7 @@ class ChildAdamW(torch.optim.Optimizer):
             ops.implementation(impl, device_type)
         if mask is not None:
             self.check_mask(mask)
+        self._add_hooks()
 
     def check_mask(self, mask: ChildMask) -> None:
         """Refuse a mask that is not for these parameters."""
@@ -202,11 +217,40 @@ class ChildAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.hooks is not None:
+            self._refuse_scaler()
+            self.hooks.refuse_gradients()
+        if self.fused_backward:
+            self.hooks.stepped.clear()
+            return loss
         params = list(chain.from_iterable([group["params"] for group in self.param_groups]))
         if self._plan is None or not self._plan.serves(self, params):
             self._plan = Plan(self, params)
         self._plan.run(self)
         return loss
+
+    def gradient_holder(self, param: Tensor):
+        """Return what has a parameter's gradient as ``grad``: itself, or its hook where gradients are packed."""
+        return self.hooks.holder(param) if self.pack_gradients else param
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, packed ones too, as in torch.optim."""
+        super().zero_grad(set_to_none)
+        if self.pack_gradients:
+            self.hooks.zero(set_to_none)
+
+    def _add_hooks(self) -> None:
+        if self.hooks is not None:
+            self.hooks.add(self.named())
+        elif self.pack_gradients or self.fused_backward:
+            self.hooks = (PackedGradients if self.pack_gradients else StepInBackward)(self)
+
+    def _refuse_scaler(self) -> None:
+        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+            raise RuntimeError(
+                "GradScaler looks for overflow in p.grad, which pack_gradients and fused_backward have freed by then: "
+                "train in bfloat16 without a scaler, or without these options"
+            )
 
     def named(self) -> list[tuple[Tensor, str, dict]]:
         """Return (parameter, name, group) of all parameters, in order."""
@@ -255,6 +299,8 @@ class ChildAdamW(torch.optim.Optimizer):
         require("params", "a repeated tensor", len({id(p) for _, p in entries}) == len(entries), "distinct tensors")
         super().add_param_group(group)
         self._plan = None
+        if getattr(self, "hooks", None) is not None:
+            self._add_hooks()
 
     def check_group(self, group: dict[str, Any]) -> None:
         check_group(group)
@@ -289,6 +335,9 @@ class ChildAdamW(torch.optim.Optimizer):
             self.check_mask(mask)
             require("decay", self.decay, self.decay == "child", "'child' where the mask changes")
             packing = Packing(mask)
+        require("mask", mask, mask is not None or not self.pack_gradients, "a ChildMask where gradients are packed")
+        pending = self.pack_gradients and any(hook.grad is not None for hook in self.hooks.hooks.values())
+        require("set_mask", "packed gradients", not pending, "called after step() and zero_grad()")
         moved = {}
         for param, name, _ in self.named():
             if entry := self.state.get(param):
@@ -298,6 +347,10 @@ class ChildAdamW(torch.optim.Optimizer):
         for param, moments in moved.items():
             self.state[param].update(moments)
         self.packing, self.mask, self._plan = packing, None if packing is None else packing.mask, None
+        if self.hooks is not None:
+            self.hooks.remove()
+            self.hooks = None
+            self._add_hooks()
 
     def assert_frozen(self, reference: nn.Module | Mapping[str, Tensor]) -> None:
         """Prove that weights outside the child have never changed.
@@ -347,9 +400,13 @@ class ChildAdamW(torch.optim.Optimizer):
             for hook in hooks:
                 hook.remove()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._add_hooks()
+
     def __getstate__(self) -> dict[str, Any]:  # torch's keeps defaults, state and groups only
-        own = ("mask", "packing", "gradient", "dialect", "decay", "state_dtype", "max_grad_norm", "requested_impl")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_plan": None}
+        own = {name: getattr(self, name) for name in _OWN}
+        return {**super().__getstate__(), **own, "hooks": None, "_plan": None}
 
 
 def _check_shape(mask: ChildMask, name: str, param: Tensor) -> None:

@@ -82,13 +82,12 @@ class Plan:
 
     def __init__(self, optimizer, params: list[Tensor]):
         self.params = params
-        self.gradient = optimizer.gradient
-        self.idle = [p for p in params if self.gradient(p) is None]
+        self.idle = [h for h in map(optimizer.gradient_holder, params) if h.grad is None]
         wanted = set(params)
         rows: dict[torch.device, list] = {}
         group_of = [index for index, group in enumerate(optimizer.param_groups) for _ in group["params"]]
         for (param, name, _), group in zip(optimizer.named(), group_of, strict=True):
-            if param in wanted and (grad := self.gradient(param)) is not None:
+            if param in wanted and (grad := optimizer.gradient_holder(param).grad) is not None:
                 checks.check_parameter(f"params: {name!r}", param)
                 checks.check_packed_gradient(f"parameter {name!r}", grad, param, optimizer.state_shape(name, param))
                 rows.setdefault(param.device, []).append((param, name, group))
@@ -99,18 +98,23 @@ class Plan:
         for batch in self.batches:
             batch.take_state(optimizer)
             batch.fits()
-        self.planned = [p for batch in self.batches for p in batch.params]
-        self.entries = [optimizer.state[p] for p in self.planned]
+        self.entries = list(optimizer.state.values())
 
     def serves(self, optimizer, params: list[Tensor]) -> bool:
         """Whether this plan still fits: nothing was replaced or moved, and the same parameters have gradients."""
         return (
             len(params) == len(self.params)
             and all(map(is_, params, self.params))
-            and not any([self.gradient(p) is not None for p in self.idle])
-            and all(map(is_, map(optimizer.state.get, self.planned), self.entries))
+            and not any([holder.grad is not None for holder in self.idle])
+            and len(optimizer.state) == len(self.entries)
+            and all(map(is_, optimizer.state.values(), self.entries))
             and all([batch.fits() for batch in self.batches])
         )
+
+    def fits(self, optimizer) -> bool:
+        """Whether a plan of one parameter still fits."""
+        (batch,) = self.batches
+        return optimizer.state.get(batch.params[0]) is batch.states[0] and batch.fits()
 
     def run(self, optimizer) -> None:
         """Do the step. What can be refused is refused before the first write."""
@@ -133,7 +137,7 @@ class _Batch:
         self.params = Fixed(params)
         self.kernels = ops.implementation(optimizer.requested_impl, device.type)
         self.contiguous = all(p.is_contiguous() for p in params)
-        self.gradient = optimizer.gradient
+        self.holders = [*map(optimizer.gradient_holder, params)]
         self.mask_words = self.indices = None
         if optimizer.packing is not None:
             self.indices = Fixed(optimizer.packing.indices(n, device) for n in self.names)
@@ -185,7 +189,7 @@ class _Batch:
         Addresses tell what `module.to(...)`, `p.data = ...` or offloading of the state moved; torch itself sees to
         the shape and device of a gradient, but not always to its dtype (`grad_dtype`).
         """
-        grads = [*map(self.gradient, self.params)]
+        grads = [holder.grad for holder in self.holders]
         try:
             if [g.dtype for g in grads] != self.params.dtypes:
                 return False

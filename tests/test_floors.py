@@ -21,7 +21,7 @@ FLOORS = [
     {"selection"},
     {"plan", "fisher", "delta", "distributed"},
     {"child"},
-    {"exchange"},
+    {"exchange", "hooks"},
     {"optim"},
     {"baselines", "hf"},
     {"cli"},

@@ -36,7 +36,7 @@ def test_empty_parameters_anywhere(kind, empty_at, place):
     mixed = list(full) if len(empty_at) < 6 else []
     for i in empty_at:
         mixed.insert(i, (f"empty{i}", torch.nn.Parameter(torch.zeros(0, 3, device=place.device))))
-    mask = None if not "D" in kind or mixed[1:2] == [] else child_mask()
+    mask = None if "D" not in kind or mixed[1:2] == [] else child_mask()
     kwargs = dict(impl=place.impl, **({"mask": mask} if "D" in kind and len(empty_at) == 6 else {}))
     if "D" in kind and len(empty_at) == 6:
         kwargs["mask"] = ChildMask.from_dense({"empty0": torch.zeros(0, 3, dtype=torch.bool)})

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli
 
-from .. import ChildAdamW, ChildMask
+from .. import ChildAdamW, ChildMask, Fisher
+
+_ROWS, _COLUMNS = 2.0, 0.3  # spreads of clustered_masks
+_D_ROWS = {"": {}, ", packed gradient": {"pack_gradients": True}, ", dense state": {"state": "dense"}}
 
 
 class EagerChildAdamW(torch.optim.Optimizer):
@@ -66,6 +69,27 @@ def random_masks(params: list[Tensor], p: float) -> ChildMask:
     return ChildMask.from_dense({str(i): torch.rand(t.shape, device=t.device) < p for i, t in enumerate(params)})
 
 
+def clustered_masks(params: list[Tensor], p: float) -> ChildMask:
+    """A child network that clusters in rows, columns and tensors, as those of high Fisher information do.
+
+    The exact Fisher information of a pretrained 6-layer BERT leaves 0.35 of the aligned groups of 16 weights touched
+    at p = 0.1 and 0.63 at 0.3; the spreads here were chosen to leave as many of BERT-large's shapes.
+    """
+    scores = {}
+    for i, param in enumerate(params):
+        rows = torch.randn(param.shape[:1] + (1,) * (param.dim() - 1), device=param.device)
+        columns = torch.randn(param.shape[-1:], device=param.device)
+        noise = torch.randn(param.shape, device=param.device) ** 2
+        scores[str(i)] = noise * torch.exp(_ROWS * rows + _COLUMNS * columns + torch.randn((), device=param.device))
+    return Fisher(scores, 1).top(p)
+
+
+def touched_groups(mask: ChildMask) -> float:
+    """Return the share of aligned groups of 16 weights, 64 bytes in fp32, that hold a weight of the child."""
+    groups = [mask.words(name).view(torch.int16) != 0 for name in mask]
+    return sum(int(g.sum()) for g in groups) / sum(g.numel() for g in groups)
+
+
 def compiled_adamw(params: list[Tensor]):
     """torch.optim.AdamW with its step compiled, as torch's own tutorial does; a tensor lr avoids recompilation."""
     optimizer = torch.optim.AdamW(params, lr=torch.tensor(2e-5), weight_decay=0.01, capturable=params[0].is_cuda)
@@ -101,5 +125,14 @@ def contenders(impls: list[str], one_group_each: bool = False) -> dict:
     for impl in impls:
         rows[f"ours ({impl}), no mask"] = ("none", ours(impl))
         rows[f"ours ({impl}), F p=0.3"] = ("F", ours(impl, reserve_p=0.3))
-        rows[f"ours ({impl}), D p=0.1"] = ("D", lambda ps, make=impl: ours(make, mask=random_masks(ps, 0.1))(ps))
+        for p in (0.1, 0.3):
+            for kind, masks in (("", random_masks), (", clustered", clustered_masks)):
+                for label, options in _D_ROWS.items():
+                    if p == 0.1 or not label:
+                        rows[f"ours ({impl}), D p={p}{kind}{label}"] = (
+                            "D",
+                            lambda ps, make=impl, masks=masks, p=p, options=options: ours(
+                                make, mask=masks(ps, p), **options
+                            )(ps),
+                        )
     return rows

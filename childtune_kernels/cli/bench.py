@@ -18,7 +18,7 @@ import torch
 
 from .. import ChildAdamW, ops
 from . import _timing
-from ._peers import contenders, random_masks
+from ._peers import contenders, random_masks, touched_groups
 from ._shapes import SHAPES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -94,11 +94,18 @@ def _measure(rule: str, factory, shapes, device: torch.device, dtype: torch.dtyp
     for p in params:
         p.grad = torch.randn_like(p)
     optimizer = factory(params)
+    if getattr(optimizer, "pack_gradients", False):
+        for p in optimizer.hooks.hooks:  # what the hooks do in a backward pass
+            optimizer.hooks.receive(p)
     result = _timing.time_steps(optimizer.step, device, repeats)
     result["launches"] = _timing.count_launches(optimizer.step, device)
     result["extra_bytes"] = _timing.extra_memory(optimizer.step, device)
     if isinstance(optimizer, ChildAdamW):
         result["recompilations"] = _timing.count_recompilations(optimizer.step, device)
+        if optimizer.mask is not None:
+            result["touched"] = touched_groups(optimizer.mask)
+            result["state_bytes"] = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+            result["state_bytes"] += optimizer.packing.nbytes() if optimizer.packing else 0
     if rule != "D":  # what the step must move: weights and moments read and written, gradients read
         moments = optimizer.state[params[0]]["exp_avg"].element_size()
         result["bytes"] = sum(p.numel() for p in params) * (3 * params[0].element_size() + 4 * moments)
@@ -111,18 +118,23 @@ def _measure(rule: str, factory, shapes, device: torch.device, dtype: torch.dtyp
 def is_bitwise_reference(impl: str, device: torch.device, dtype: torch.dtype) -> bool:
     """The gate: three steps of every rule over awkward sizes, compared bit for bit."""
     sizes = [(0,), (1,), (33,), (1023,), (1024,), (1025,), (257, 129)]
-    for rule in ("none", "F", "D"):
+    for rule in ("none", "F", "D", "D, dense", "F in D", "D, packed gradient"):
         both = []
         for name in (impl, "reference"):
             generator = torch.Generator().manual_seed(0)
             params = [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in sizes]
             torch.manual_seed(0)
-            options = {"none": {}, "F": {"reserve_p": 0.3}, "D": {"mask": random_masks(params, 0.1)}}[rule]
-            optimizer = ChildAdamW(params, lr=1e-3, impl=name, **options)
+            options = {"mask": random_masks(params, 0.1)} if "D" in rule else {}
+            options |= {"reserve_p": 0.3} if "F" in rule else {}
+            options |= {"state": "dense"} if "dense" in rule else {}
+            optimizer = ChildAdamW(params, lr=1e-3, impl=name, pack_gradients="gradient" in rule, **options)
             for _ in range(3):
                 for p in params:
                     p.grad = torch.randn(p.shape, generator=generator).to(device, dtype)
+                    if optimizer.pack_gradients and p in optimizer.hooks.hooks:
+                        optimizer.hooks.receive(p)
                 optimizer.step()
+                optimizer.zero_grad()
             both.append([*params, *(t for p in params for t in optimizer.state[p].values())])
         if not all(torch.equal(a, b) for a, b in zip(*both, strict=True)):
             return False

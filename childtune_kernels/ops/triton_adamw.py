@@ -282,9 +282,12 @@ _SIZES = {
     _BERNOULLI.value: (1024, 512, 64, 2),
     _CHILD.value: (256, 256, 32, 2),
     _CHILD_DECAY_ALL.value: (256, 256, 32, 2),
-    _COMPACT.value: (256, 256, 64, 2),
-    _COMPACT_BERNOULLI.value: (256, 256, 64, 2),
+    _COMPACT.value: (512, 512, 64, 8),
+    _COMPACT_BERNOULLI.value: (512, 512, 64, 8),
 }
+# A sparse child waits for its gathers, and wants many threads with few of them each; a denser one has them in reach:
+# p = 0.1 takes 0.96 ms with 8 warps and 1.06 with 4, clustered p = 0.3 1.24 and 1.18 (same H200, same model).
+_DENSE_CHILD, _DENSE_CHILD_WARPS = 0.2, 4
 
 
 def _run(rule, lists, keys, children, lrs, grad_scale, found_inf, grad_norm) -> None:
@@ -297,6 +300,8 @@ def _run(rule, lists, keys, children, lrs, grad_scale, found_inf, grad_norm) -> 
     block, part, scalar_part, num_warps = _SIZES[rule]
     kinds = zip(params.dtypes, exp_avgs.dtypes, strict=True)
     plan = params.derive(f"layout of {block}", exp_avgs, lambda: layout(device, block, exp_avgs.numels, tuple(kinds)))
+    if rule in (_COMPACT.value, _COMPACT_BERNOULLI.value) and sum(exp_avgs.numels) > _DENSE_CHILD * sum(params.numels):
+        num_warps = _DENSE_CHILD_WARPS
     none = np.zeros(n, np.int64)
     fields = [values.addresses for values in tensors]
     fields += [Fixed.of(lrs).addresses if lrs else none, none if keys is None else Fixed.of(keys).words]

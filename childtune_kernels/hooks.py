@@ -1,0 +1,155 @@
+"""What happens to a gradient the moment backward has accumulated it: it is packed, or its whole step is taken.
+
+Full gradients then exist one tensor at a time: ``p.grad`` is freed inside backward.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from .ops import checks
+from .ops.checks import require
+from .plan import Plan
+
+
+class _Hook:
+    """A post-accumulate-grad hook of one parameter, known by its class, so that a second one can be refused.
+
+    ``grad`` stands in for the parameter's own where a step looks for it.
+    """
+
+    def __init__(self, owner: GradientHooks):
+        self.owner = weakref.ref(owner)
+        self.grad: Tensor | None = None
+
+    def __call__(self, param: Tensor) -> None:
+        owner = self.owner()
+        if owner is not None and owner.optimizer() is not None:
+            _refuse_ranks()
+            owner.receive(param)
+
+
+class GradientHooks:
+    """Hooks of one optimizer on those parameters whose gradients it does not leave alone.
+
+    Raises:
+        ValueError: a parameter has such a hook already, of another optimizer that is still alive.
+        RuntimeError: several ranks train together: a hook would see gradients before they are averaged.
+    """
+
+    def __init__(self, optimizer):
+        _refuse_ranks()
+        self.optimizer = weakref.ref(optimizer)
+        self.hooks: dict[Tensor, _Hook] = {}
+        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+        weakref.finalize(self, _remove, self.handles)
+        self.add(optimizer.named())
+
+    def add(self, named: list[tuple[Tensor, str, dict]]) -> None:
+        """Hook the parameters that have no hook yet."""
+        fresh = {p: name for p, name, _ in named if p not in self.hooks and self.wants(p, name)}
+        for param, name in fresh.items():
+            hooks = (getattr(param, "_post_accumulate_grad_hooks", None) or {}).values()
+            taken = any(isinstance(hook, _Hook) and hook.owner() is not None for hook in hooks)
+            require(f"parameter {name!r}", "one with such a hook", not taken, "without another optimizer's hook")
+        for param in fresh:
+            self.hooks[param] = _Hook(self)
+            self.handles.append(param.register_post_accumulate_grad_hook(self.hooks[param]))
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        _remove(self.handles)
+        self.hooks.clear()
+
+    def refuse_gradients(self) -> None:
+        """Refuse gradients that were put into p.grad by hand: hooks have not seen them.
+
+        Raises:
+            RuntimeError: naming the parameters.
+        """
+        if any([p.grad is not None for p in self.hooks]):
+            names = [name for p, name, _ in named if p in self.hooks and p.grad is not None]
+            raise RuntimeError(
+                f"gradients must come from backward(), where hooks take them, but p.grad was set: {names}"
+            )
+
+    def wants(self, param: Tensor, name: str) -> bool:
+        """Whether a parameter's gradient is to be received."""
+        return param.requires_grad
+
+    def receive(self, param: Tensor) -> None:
+        """Take one parameter's gradient and free it."""
+        raise NotImplementedError
+
+
+class PackedGradients(GradientHooks):
+    """Keeps the child's entries of each gradient, added up over several backward passes, and frees the rest."""
+
+    def __init__(self, optimizer):
+        self.names = {p: name for p, name, _ in optimizer.named()}
+        super().__init__(optimizer)
+
+    def add(self, named):
+        self.names.update({p: name for p, name, _ in named})
+        super().add(named)
+
+    def wants(self, param, name):
+        return param.requires_grad and not self.optimizer().packing.is_whole(name)
+
+    def receive(self, param):
+        checks.check_gradient(f"parameter {self.names[param]!r}", param.grad, param)
+        entries = self.optimizer().packing.pack(self.names[param], param.grad.detach())
+        hook = self.hooks[param]
+        hook.grad = entries if hook.grad is None else hook.grad.add_(entries)
+        param.grad = None
+
+    def holder(self, param: Tensor) -> Tensor | _Hook:
+        """Return what holds the parameter's gradient as ``grad``."""
+        return self.hooks.get(param, param)
+
+    def zero(self, set_to_none: bool) -> None:
+        """Drop the packed gradients, or set them to zero."""
+        for hook in self.hooks.values():
+            hook.grad = None if set_to_none or hook.grad is None else hook.grad.zero_()
+
+
+class StepInBackward(GradientHooks):
+    """Takes each parameter's step as soon as its gradient is there, and frees the gradient."""
+
+    def __init__(self, optimizer):
+        self.plans: dict[Tensor, Plan] = {}
+        self.stepped: set[Tensor] = set()  # since the last step(): a second gradient would be a second step
+        super().__init__(optimizer)
+
+    @torch.no_grad()
+    def receive(self, param):
+        optimizer = self.optimizer()
+        if param in self.stepped:
+            raise RuntimeError(
+                "fused_backward=True takes a step a backward pass, and step() must follow each; a second gradient of "
+                f"shape {tuple(param.shape)} came before: accumulate gradients with pack_gradients=True instead"
+            )
+        plan = self.plans.get(param)
+        if plan is None or not plan.fits(optimizer):
+            plan = self.plans[param] = Plan(optimizer, [param])
+        plan.run(optimizer)
+        self.stepped.add(param)
+        param.grad = None
+
+
+def _remove(handles: list) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+def _refuse_ranks() -> None:
+    dist = torch.distributed
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise RuntimeError(
+            f"pack_gradients and fused_backward must run on one rank, got {dist.get_world_size()}: "
+            "hooks see a gradient before DistributedDataParallel has averaged it over ranks"
+        )
