@@ -71,11 +71,11 @@ class Packing:
         return sum(index.nbytes for index in self._indices.values())
 
 
-def unpack(packed: Tensor, words: Tensor, shape: torch.Size) -> Tensor:
-    """Return a tensor of ``shape`` with packed entries where the words' bits are set, zero elsewhere."""
-    dense = torch.zeros(shape, dtype=packed.dtype, device=packed.device)
-    dense.view(-1)[_positions(words.to(packed.device), dense.numel())] = packed
-    return dense
+def unpack(packed: Tensor, words: Tensor, outside: Tensor) -> Tensor:
+    """Return packed entries where the words' bits are set, and ``outside``, in their dtype, elsewhere."""
+    result = outside.to(packed.dtype, copy=True, memory_format=torch.contiguous_format)
+    result.view(-1)[_positions(words.to(result.device), result.numel())] = packed.to(result.device)
+    return result
 
 
 def _positions(words: Tensor, numel: int) -> Tensor:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from . import ops, philox
-from .child import unpack
 from .ops.checks import require
-from .plan import MOMENTS
+from .state import COMPANIONS, MOMENTS, dense
 
 CHILD = "child"
 
@@ -33,12 +32,11 @@ def add_children(optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 def without_children(optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return a state dict as torch.optim.AdamW has it: parameter-shaped moments, zero outside the child."""
-    shapes = [param.shape for param, _, _ in optimizer.named()]
+    params = [param for param, _, _ in optimizer.named()]
     state = {}
     for index, entry in state_dict["state"].items():
-        words = entry.get(CHILD)
-        state[index] = {key: value for key, value in entry.items() if key != CHILD}
-        state[index].update({key: unpacked(entry[key], words, shapes[index]) for key in MOMENTS})
+        full = dense(entry, entry.get(CHILD), params[index])
+        state[index] = {key: value for key, value in full.items() if key not in (CHILD, *COMPANIONS)}
     return {**state_dict, "state": state}
 
 
@@ -76,21 +74,9 @@ def _read_entry(optimizer, param: Tensor, name: str, index: int, entry: dict[str
     if words is not None and optimizer.mask is not None and name in optimizer.mask:
         same = torch.equal(words.cpu(), optimizer.mask.words(name).cpu())
         require(f"state_dict: child of {name!r}", "another mask's", same, "of this optimizer's mask")
-    restored = {"step": torch.as_tensor(entry["step"]).to(param.device, torch.float32, copy=True).view(())}
-    for key in MOMENTS:
-        got, shapes = entry[key].shape, {tuple(param.shape)}
-        if words is not None:
-            shapes.add((int(ops.popcount_bits(words.cpu())),))
-        expected = " or ".join(map(str, sorted(shapes, key=len, reverse=True)))
-        require(f"state_dict: {key} of parameter {index}", tuple(got), tuple(got) in shapes, f"shape {expected}")
-        moment = entry[key].to(param.device, optimizer.state_dtype)
-        if got != optimizer.state_shape(name, param):
-            moment = unpacked(moment, words, param.shape)
-            moment = moment if optimizer.packing is None else optimizer.packing.pack(name, moment)
-        restored[key] = moment.clone(memory_format=torch.contiguous_format)
-    return {**{key: value for key, value in entry.items() if key != CHILD}, **restored}
-
-
-def unpacked(moment: Tensor, words: Tensor | None, shape: torch.Size) -> Tensor:
-    """Return a moment like its parameter; ``words`` are the mask's, None for a parameter without."""
-    return moment if words is None or moment.shape == shape else unpack(moment, words, shape)
+    shapes = [tuple(param.shape)] if words is None else [tuple(param.shape), (int(ops.popcount_bits(words.cpu())),)]
+    for key in (*MOMENTS, *(entry.keys() & set(COMPANIONS))):
+        got, expected = tuple(entry[key].shape), " or ".join(map(str, dict.fromkeys(shapes)))
+        require(f"state_dict: {key} of parameter {index}", got, got in shapes, f"shape {expected}")
+    entry = dense({key: value for key, value in entry.items() if key != CHILD}, words, param)
+    return optimizer.layout.arranged(name, param, entry)

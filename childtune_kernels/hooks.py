@@ -71,6 +71,7 @@ class GradientHooks:
             RuntimeError: naming the parameters.
         """
         if any([p.grad is not None for p in self.hooks]):
+            named = self.optimizer().named()
             names = [name for p, name, _ in named if p in self.hooks and p.grad is not None]
             raise RuntimeError(
                 f"gradients must come from backward(), where hooks take them, but p.grad was set: {names}"

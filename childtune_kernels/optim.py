@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from . import ops, philox
 from .child import Packing, thawed
-from .exchange import add_children, read_state, unpacked, without_children
+from .exchange import add_children, read_state, without_children
 from .hooks import GradientHooks, PackedGradients, StepInBackward
 from .mask import ChildMask
 from .ops import checks
 from .ops.checks import require
-from .plan import MOMENTS, SAMPLED_CHILD, Plan, check_group
+from .plan import SAMPLED_CHILD, Plan, check_group
+from .state import LOW_PRECISION, StateLayout, dense
 
-_OWN = ("mask", "packing", "dialect", "decay", "state_dtype", "max_grad_norm", "requested_impl")
+_OWN = ("mask", "layout", "dialect", "decay", "state_dtype", "max_grad_norm", "requested_impl")
 _OWN += ("pack_gradients", "fused_backward")
 
 
@@ -51,6 +52,10 @@ class ChildAdamW(torch.optim.Optimizer):
         state: "packed" (default with a mask and decay="child"): moments of the child alone, 1-D, in the order of the
             mask's bits; F's sampling inside the child needs it. "dense": moments like their parameters.
         state_dtype: of the moments: float32, bfloat16 or float16.
+        low_precision: how bfloat16 and float16 weights are kept, so that small updates are not lost. "master": an
+            fp32 copy, in packed state of the child alone (the default there). "kahan": what rounding left over, in
+            the weights' dtype. "stochastic": rounding up or down at random, right on average, by the mask stream's
+            domain 1 (the default of F; no memory). "nearest": like torch (the default otherwise).
         max_grad_norm: clip by the global norm of all gradients, before the mask, inside the step; None: do not.
         pack_gradients: in packed state, keep the child's entries of a gradient as soon as backward has it and free
             ``p.grad``: full gradients exist one tensor at a time. Clipping then takes the child's norm.
@@ -84,6 +89,7 @@ class ChildAdamW(torch.optim.Optimizer):
         decay: str = "child",
         state: str | None = None,
         state_dtype: torch.dtype = torch.float32,
+        low_precision: str | None = None,
         max_grad_norm: float | None = None,
         pack_gradients: bool = False,
         fused_backward: bool = False,
@@ -99,8 +105,9 @@ class ChildAdamW(torch.optim.Optimizer):
         require("state", state, state in ("packed", "dense"), "'packed' or 'dense'")
         outside_decays = f"'dense' where decay={decay!r} or there is no mask: packed state is the child's alone"
         require("state", state, state == "dense" or (mask is not None and decay == "child"), outside_decays)
-        self.packing = Packing(mask) if state == "packed" else None
-        self.mask = mask if self.packing is None else self.packing.mask
+        packing = Packing(mask) if state == "packed" else None
+        self.layout = StateLayout(packing, state_dtype, "nearest")
+        self.mask = mask if packing is None else packing.mask
         self.dialect = dialect
         self.decay = decay
         self.state_dtype = state_dtype
@@ -128,7 +135,28 @@ class ChildAdamW(torch.optim.Optimizer):
             ops.implementation(impl, device_type)
         if mask is not None:
             self.check_mask(mask)
+        self.layout.low_precision = self._choose(low_precision)
         self._add_hooks()
+
+    def _choose(self, low_precision: str | None) -> str:
+        """Return how 16-bit weights are kept."""
+        random = any(group["reserve_p"] < 1 for group in self.param_groups)
+        default = "nearest" if self.mask is not None or not random else "stochastic"
+        chosen = low_precision or ("master" if self.packing is not None else default)
+        require("low_precision", chosen, chosen in LOW_PRECISION, f"one of {LOW_PRECISION}")
+        dense_child = self.mask is not None and self.packing is None
+        require("low_precision", chosen, chosen == "nearest" or not dense_child, "'nearest' where state='dense'")
+        return chosen
+
+    @property
+    def packing(self) -> Packing | None:
+        """Where the child lies in packed state; None in dense state."""
+        return self.layout.packing
+
+    @property
+    def low_precision(self) -> str:
+        """How 16-bit weights are kept: "master", "kahan", "stochastic" or "nearest"."""
+        return self.layout.low_precision
 
     def check_mask(self, mask: ChildMask) -> None:
         """Refuse a mask that is not for these parameters."""
@@ -260,21 +288,19 @@ class ChildAdamW(torch.optim.Optimizer):
             for position, (p, group, i) in enumerate(rows)
         ]
 
-    def init_state(self, params: list[Tensor]) -> None:
-        if any(p.is_cuda for p in params) and torch.cuda.is_current_stream_capturing():
+    def init_state(self, named: list[tuple[Tensor, str]]) -> None:
+        """Give parameters the state that they lack, all of it or nothing."""
+        fresh = {}
+        for param, name in named:
+            entry = self.state.get(param)
+            if not entry:
+                fresh[param] = self.layout.new(name, param)
+            elif (whole := self.layout.accompanied(name, param, entry)).keys() != entry.keys():
+                fresh[param] = whole  # the weights were cast after the last step
+        if any(p.is_cuda for p in fresh) and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("optimizer state must exist before a CUDA graph is captured: run one step first")
-        wanted = set(params)
-        for p, name, _ in self.named():
-            if p in wanted:
-                shape = self.state_shape(name, p)
-                self.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                    **{key: torch.zeros(shape, dtype=self.state_dtype, device=p.device) for key in MOMENTS},
-                }
-
-    def state_shape(self, name: str, param: Tensor) -> torch.Size:
-        """Return the shape of a parameter's moments: its own, or [weights in the child] where they are packed."""
-        return param.shape if self.packing is None else self.packing.shape(name, param)
+        for param, entry in fresh.items():
+            self.state[param] = entry
 
     # ---- groups and state -------------------------------------------------------------------------------------------
 
@@ -338,15 +364,14 @@ class ChildAdamW(torch.optim.Optimizer):
         require("mask", mask, mask is not None or not self.pack_gradients, "a ChildMask where gradients are packed")
         pending = self.pack_gradients and any(hook.grad is not None for hook in self.hooks.hooks.values())
         require("set_mask", "packed gradients", not pending, "called after step() and zero_grad()")
+        layout = StateLayout(packing, self.state_dtype, self.low_precision)
         moved = {}
         for param, name, _ in self.named():
             if entry := self.state.get(param):
-                words = None if old is None or old.is_whole(name) else old.mask.words(name)
-                dense = {key: unpacked(entry[key], words, param.shape) for key in MOMENTS}
-                moved[param] = {k: v if packing is None else packing.pack(name, v).clone() for k, v in dense.items()}
-        for param, moments in moved.items():
-            self.state[param].update(moments)
-        self.packing, self.mask, self._plan = packing, None if packing is None else packing.mask, None
+                words = old.mask.words(name) if old is not None and name in old.mask else None
+                moved[param] = layout.arranged(name, param, dense(entry, words, param))
+        self.state.update(moved)
+        self.layout, self.mask, self._plan = layout, None if packing is None else packing.mask, None
         if self.hooks is not None:
             self.hooks.remove()
             self.hooks = None

@@ -92,25 +92,30 @@ def keep_threshold(p: float) -> int:
     return math.floor(p * 2**32)
 
 
-def keep_bits(elements: Ints, key: int, step: int, p: float, domain: int = GRADIENT_MASK) -> Ints:
-    """Return the keep-bits of the given elements.
+def words(elements: Ints, key: int, step: int, domain: int) -> Ints:
+    """Return the random words of the given elements: 32 bits each, as int64, shaped like ``elements``.
 
     Args:
         elements: row-major element indices in the full parameter, int64, any shape.
         key: from `stream_key`.
         step: the parameter's own step count, the first step being 1.
-        p: share of elements kept, in (0, 1].
         domain: which use of the stream.
-
-    Returns:
-        bool, shaped like ``elements``.
     """
     quads, lanes = elements >> 2, elements & 3
     zeros = quads * 0
     counter = (quads & _LOW32, quads >> 32 & _LOW32, zeros + step, zeros + domain)
-    words = philox4x32_10(counter, (key & _LOW32, key >> 32 & _LOW32))
-    word = sum(w * (lanes == lane) for lane, w in enumerate(words))
-    return word < keep_threshold(p)
+    drawn = philox4x32_10(counter, (key & _LOW32, key >> 32 & _LOW32))
+    return sum(word * (lanes == lane) for lane, word in enumerate(drawn))
+
+
+def keep_bits(elements: Ints, key: int, step: int, p: float, domain: int = GRADIENT_MASK) -> Ints:
+    """Return the keep-bits of the given elements, bool, shaped like ``elements``.
+
+    Args:
+        elements, key, step, domain: see `words`.
+        p: share of elements kept, in (0, 1].
+    """
+    return words(elements, key, step, domain) < keep_threshold(p)
 
 
 def mask_at(

@@ -17,9 +17,8 @@ from . import ops, philox
 from .ops import checks
 from .ops.checks import require
 from .ops.fixed import Fixed, addresses
+from .state import STATE
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-STATE = ("step", *MOMENTS)
 SAMPLED_CHILD = "1 where a mask is given, or the state packed: F inside D needs state='packed'"
 
 
@@ -89,12 +88,12 @@ class Plan:
         for (param, name, _), group in zip(optimizer.named(), group_of, strict=True):
             if param in wanted and (grad := optimizer.gradient_holder(param).grad) is not None:
                 checks.check_parameter(f"params: {name!r}", param)
-                checks.check_packed_gradient(f"parameter {name!r}", grad, param, optimizer.state_shape(name, param))
+                checks.check_packed_gradient(f"parameter {name!r}", grad, param, optimizer.layout.shape(name, param))
                 rows.setdefault(param.device, []).append((param, name, group))
         self.batches = [_Batch(optimizer, device, members) for device, members in rows.items()]
-        missing = [p for batch in self.batches for p in batch.params if not optimizer.state.get(p)]
-        if missing:
-            optimizer.init_state(missing)
+        optimizer.init_state(
+            [(p, name) for batch in self.batches for p, name in zip(batch.params, batch.names, strict=True)]
+        )
         for batch in self.batches:
             batch.take_state(optimizer)
             batch.fits()
@@ -178,10 +177,18 @@ class _Batch:
             self.lrs = [lrs[g] for g in self.group_of]
 
     def take_state(self, optimizer) -> None:
+        layout = optimizer.layout
         self.states = [optimizer.state[p] for p in self.params]
         self.steps, self.exp_avgs, self.exp_avg_sqs = (Fixed(map(itemgetter(k), self.states)) for k in STATE)
         for name, *tensors in zip(self.names, self.params, self.steps, self.exp_avgs, self.exp_avg_sqs, strict=True):
-            checks.check_state(f"state of {name!r}", *tensors, optimizer.state_shape(name, tensors[0]))
+            checks.check_state(f"state of {name!r}", *tensors, layout.shape(name, tensors[0]))
+        keys = [layout.companion_key(p) for p in self.params]
+        none = torch.empty(0, dtype=torch.float32, device=self.device)
+        self.companions = Fixed(s[key] if key else none for s, key in zip(self.states, keys, strict=True))
+        for name, param, companion in zip(self.names, self.params, self.companions, strict=True):
+            checks.check_companion(f"companion of {name!r}", companion, param, layout.shape(name, param))
+        self.companion_keys = keys if any(keys) else []
+        self.companions = self.companions if any(keys) else Fixed()
 
     def fits(self) -> bool:
         """Take this step's gradients; return whether they and everything else are as they were checked.
@@ -206,21 +213,26 @@ class _Batch:
             and _unmoved(exp_avgs, self.exp_avgs)
             and all(map(is_, exp_avg_sqs, self.exp_avg_sqs))
             and all(map(is_, steps, self.steps))
+            and all([c is (s[key] if key else c) for c, s, key in self._accompanied()])
         )
+
+    def _accompanied(self):
+        return zip(self.companions, self.states, self.companion_keys, strict=False)
 
     def launch(self, optimizer, scaling: tuple[Tensor | None, ...]) -> None:
         params = self.params if self.contiguous else [p.contiguous() for p in self.params]
         lists = (params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, self.hyper)
         ahead = self.device.type == "cuda"  # a copy to the CPU must be waited for before it is read
         scaling = [None if x is None else x.to(self.device, torch.float32, non_blocking=ahead) for x in scaling]
+        low = (self.companions, self.keys if optimizer.low_precision == "stochastic" else ())
         if self.indices is not None:
-            self.kernels.adamw_compact_(*lists, self.indices, self.keys, self.lrs, *scaling)
+            self.kernels.adamw_compact_(*lists, self.indices, self.keys, *low, self.lrs, *scaling)
         elif self.mask_words is not None:
             self.kernels.adamw_masked_(*lists, self.mask_words, optimizer.decay == "all", self.lrs, *scaling)
         elif self.random:
-            self.kernels.adamw_bernoulli_(*lists, self.keys, self.lrs, *scaling)
+            self.kernels.adamw_bernoulli_(*lists, self.keys, *low, self.lrs, *scaling)
         else:
-            self.kernels.adamw_(*lists, self.lrs, *scaling)
+            self.kernels.adamw_(*lists, *low, self.lrs, *scaling)
         if not self.contiguous:  # element order is row-major: the kernels saw row-major copies
             for param, updated in zip(self.params, params, strict=True):
                 if updated is not param:

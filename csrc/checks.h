@@ -13,6 +13,7 @@
 #include "adamw.h"
 #include "bitmask.h"
 #include "ops.h"
+#include "rounding.h"
 #include "score.h"
 
 namespace childtune {
@@ -120,6 +121,30 @@ inline void check_update(const UpdateLists& u, const Tensors* indices = nullptr)
   check_scalar("grad_scale", u.grad_scale);
   check_scalar("found_inf", u.found_inf);
   check_scalar("grad_norm", u.grad_norm);
+}
+
+// How 16-bit weights are kept: see the schemas' `companions` and `rounding_keys`; both lists may be empty.
+struct LowPrecision {
+  const Tensors& companions;
+  const std::vector<int64_t>& rounding_keys;
+
+  bool has_companion(size_t i) const { return !companions.empty() && companions[i].numel() != 0; }
+  bool is_master(size_t i) const { return has_companion(i) && companions[i].scalar_type() == ScalarType::Float; }
+  bool is_stochastic(const UpdateLists& u, size_t i) const {
+    return !rounding_keys.empty() && !has_companion(i) && u.params[i].scalar_type() != ScalarType::Float;
+  }
+};
+
+inline void check_low_precision(const UpdateLists& u, const LowPrecision& low) {
+  if (!low.companions.empty()) check_length("companions", low.companions.size(), u.params.size());
+  if (!low.rounding_keys.empty()) check_length("rounding_keys", low.rounding_keys.size(), u.params.size());
+  for (size_t i = 0; i < low.companions.size(); ++i) {
+    if (!low.has_companion(i)) continue;
+    const ScalarType own = u.params[i].scalar_type();
+    if (own == ScalarType::Float) refuse(at("companions", i), " must have no elements for a Float weight");
+    const ScalarType dtype = low.is_master(i) ? ScalarType::Float : own;
+    check_array([&] { return at("companions", i); }, low.companions[i], dtype, u.exp_avgs[i].numel(), u.params[0]);
+  }
 }
 
 inline void check_probability(double p) {

@@ -61,4 +61,12 @@ CHILDTUNE_INLINE void draw_quad(uint64_t quad, const Stream& stream, uint32_t (&
   for (int i = 0; i < 4; ++i) words[i] = static_cast<uint32_t>(c[i]);
 }
 
+// The word of one element; chosen without an index into registers.
+CHILDTUNE_INLINE uint32_t draw_word(int64_t element, const Stream& stream) {
+  uint32_t words[4];
+  draw_quad(static_cast<uint64_t>(element) / 4, stream, words);
+  const uint32_t low = element & 1 ? words[1] : words[0], high = element & 1 ? words[3] : words[2];
+  return element & 2 ? high : low;
+}
+
 }  // namespace childtune

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 
 import torch
-from oracles import same_bits, written_order_step
+from oracles import same_bits, stochastic, written_order_step
 from torch import Tensor
 
 from childtune_kernels import ChildAdamW, ChildMask, ops, philox
@@ -60,7 +60,16 @@ class Case:
     """One op's lists on a device, beside a CPU copy that takes the same steps in the written order."""
 
     def __init__(
-        self, device, *, shapes=SHAPES, dtypes=DTYPES, moment_dtype=torch.float32, rows=None, offset=3, lr_list=False
+        self,
+        device,
+        *,
+        shapes=SHAPES,
+        dtypes=DTYPES,
+        moment_dtype=torch.float32,
+        rows=None,
+        offset=3,
+        lr_list=False,
+        rounding="nearest",
     ):
         generator = torch.Generator().manual_seed(1)
         self.device, self.generator, self.guards = device, generator, Guards()
@@ -86,6 +95,9 @@ class Case:
         for i in range(4, n, 5):  # no words: the whole tensor is in the child
             self.words[i], self.children[i] = self.words[i][:0], torch.ones_like(self.children[i])
         self.indices: list[Tensor] = []
+        self.rounding = rounding
+        self.companions: list[Tensor] = []
+        self.true = [[w.float(), None] for w in weights]  # fp32 weights and, where there is one, their companion
         self.lrs = [torch.tensor(0.02 / (i + 1), device=device) for i in range(n)] if lr_list else []
 
     def _place(self, values: Tensor, i: int) -> Tensor:
@@ -100,6 +112,14 @@ class Case:
             for k, moments in ((1, self.exp_avgs), (2, self.exp_avg_sqs)):
                 packed = self.golden[i][k] if not words.numel() else self.golden[i][k][child]
                 moments[i] = self._place(packed, i + k)
+
+    def _accompany(self) -> None:
+        """Make the companions that go with the moments, beside weights that have not changed yet."""
+        for i, (weight, _, _) in enumerate(self.golden):
+            companion = weight.float() if self.rounding == "master" else torch.zeros_like(weight)
+            self.true[i][1] = companion if weight.dtype != torch.float32 else torch.empty(0)
+            packed = self.packed(i, companion) if weight.dtype != torch.float32 else self.true[i][1]
+            self.companions.append(self._place(packed, i + 2))
 
     def packed(self, i: int, values: Tensor) -> Tensor:
         """The child's entries of a parameter-shaped tensor, as adamw_compact_ holds them."""
@@ -120,17 +140,20 @@ class Case:
         """Run one op call on the device and, unless it must be skipped, the written order on the copy."""
         if op == "adamw_compact_" and not self.indices:
             self._pack()
+        if self.rounding in ("master", "compensation") and not self.companions:
+            self._accompany()
         dense = [g.cpu() for g in grads]
         if packed:
             grads = [self._place(self.packed(i, g), i + 1) for i, g in enumerate(grads)]
         before = [g.clone() for g in grads]
         scaling = [None if x is None else torch.tensor(float(x), device=self.device) for x in (scale, found_inf, norm)]
         lists = (self.params, grads, self.exp_avgs, self.exp_avg_sqs, self.steps, self.hyper)
+        low = (self.companions, [key ^ 5 for key in self.keys] if self.rounding == "stochastic" else [])
         extra = {
-            "adamw_": (),
-            "adamw_bernoulli_": (self.keys,),
+            "adamw_": low,
+            "adamw_bernoulli_": (self.keys, *low),
             "adamw_masked_": (self.words, decay_all),
-            "adamw_compact_": (self.indices, self.keys),
+            "adamw_compact_": (self.indices, self.keys, *low),
         }
         getattr(kernels, op)(*lists, *extra[op], self.lrs, *scaling)
         assert all(same_bits(a, b) for a, b in zip(before, grads, strict=True)), "a gradient was written"
@@ -146,7 +169,32 @@ class Case:
                 kwargs.update(keep=keep)
             if op in ("adamw_masked_", "adamw_compact_"):
                 kwargs.update(child=self.children[i], decay_all=decay_all)
-            golden[:] = written_order_step(golden[0], dense[i], *golden[1:], self.t, row, **kwargs)
+            if self.rounding == "nearest" or golden[0].dtype == torch.float32:
+                golden[:] = written_order_step(golden[0], dense[i], *golden[1:], self.t, row, **kwargs)
+            else:
+                self._low_precision_step(i, dense[i], row, kwargs)
+
+    def _low_precision_step(self, i: int, grad: Tensor, row, kwargs) -> None:
+        golden, companion = self.golden[i], self.true[i][1]
+        weight, dtype = golden[0], golden[0].dtype
+        start = weight.float()
+        if self.rounding == "master":
+            start = companion
+        elif self.rounding == "compensation":
+            start = start + companion.float()
+        new, *golden[1:] = written_order_step(start, grad, *golden[1:], self.t, row, raw=True, **kwargs)
+        if self.rounding == "stochastic":
+            elements = torch.arange(weight.numel())
+            words = philox.words(elements, self.keys[i] ^ 5, self.t, philox.STOCHASTIC_ROUNDING).view(weight.shape)
+            rounded = stochastic(new, words, dtype)
+            child = kwargs.get("child")
+            golden[0] = rounded if child is None else torch.where(child, rounded, weight)
+            return
+        golden[0] = new.to(dtype)
+        self.true[i][1] = new if self.rounding == "master" else (new - golden[0].float()).to(dtype)
+        if (child := kwargs.get("child")) is not None:
+            self.true[i][1] = torch.where(child, self.true[i][1], companion)
+            golden[0] = torch.where(child, golden[0], weight)
 
     def check(self) -> None:
         """Demand bitwise equality of weights and moments, the step count and intact sentinels."""
@@ -155,6 +203,10 @@ class Case:
             expected = (golden[0], *(self.packed(i, moment) for moment in golden[1:]))
             for name, a, b in zip(("param", "exp_avg", "exp_avg_sq"), got, expected, strict=True):
                 assert same_bits(a, b), f"{name} {i} {self.specs[i]} at step {self.t}: {_difference(a, b)}"
+            if self.companions:
+                expected = self.true[i][1]
+                expected = self.packed(i, expected) if golden[0].dtype != torch.float32 else expected
+                assert same_bits(self.companions[i], expected), f"companion {i} {self.specs[i]} at step {self.t}"
             assert self.steps[i].item() == self.t
         assert self.guards.intact(), "something outside a tensor was written"
 

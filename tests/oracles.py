@@ -105,7 +105,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return bool(((a.view(bits) == b.view(bits)) | (a.isnan() & b.isnan())).all())
 
 
-def written_order_step(w, g, m, v, t: int, row, *, lr=None, scale=None, norm=None, keep=None, child=None, decay_all=0):
+def written_order_step(
+    w, g, m, v, t: int, row, *, lr=None, scale=None, norm=None, keep=None, child=None, decay_all=0, raw=False
+):
     """One update in the written order of fp32 operations that the package promises, in numpy.
 
     numpy rounds each operation by itself and to nearest, so this is the promise, not a second opinion on it.
@@ -115,6 +117,8 @@ def written_order_step(w, g, m, v, t: int, row, *, lr=None, scale=None, norm=Non
         t: the step being taken, from 1.
         row: the parameter's row of the hyper table.
         keep, child: bool, F's and D's mask.
+
+        raw: leave the new weights in fp32.
 
     Returns:
         The new (w, m, v), in the dtypes that came.
@@ -146,7 +150,33 @@ def written_order_step(w, g, m, v, t: int, row, *, lr=None, scale=None, norm=Non
         inside = child.numpy()
         outside = (decayed if decay_all else W, M, V)
         new_w, new_m, new_v = (np.where(inside, a, b) for a, b in zip((new_w, new_m, new_v), outside, strict=True))
-    return tuple(torch.from_numpy(np.asarray(a)).to(like.dtype) for a, like in ((new_w, w), (new_m, m), (new_v, v)))
+    dtypes = (torch.float32 if raw else w.dtype, m.dtype, v.dtype)
+    return tuple(torch.from_numpy(np.asarray(a)).to(t) for a, t in zip((new_w, new_m, new_v), dtypes, strict=True))
+
+
+def neighbours(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The 16-bit values around finite fp32 values, towards zero and away from it; the same where they are exact."""
+    nearest = x.to(dtype)
+    bits = nearest.view(torch.int16)
+    below = torch.where(nearest.float().abs() > x.abs(), bits - 1, bits)  # sign and magnitude: one bit is one step
+    above = torch.where(below.view(dtype).float() == x, below, below + 1)
+    return below.view(dtype), above.view(dtype)
+
+
+def stochastic(x: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Stochastic rounding as the package promises it, by neighbours and distances in fp64.
+
+    The threshold has as many bits as a normal number loses: 16 for bfloat16, 13 for float16.
+    """
+    below, above = neighbours(x, dtype)
+    cut = 16 if dtype == torch.bfloat16 else 13
+    lo, hi, exact = (y.double().abs() for y in (below, above, x))
+    if dtype == torch.float16:  # subnormal: first rounded to fp32 beside the smallest normal number
+        small = exact < 2.0**-14
+        exact = torch.where(small, (x.abs() + 2.0**-14).double() - 2.0**-14, exact)
+    share = torch.where(hi > lo, (exact - lo) / (hi - lo).clamp(min=1e-300), 0.0)
+    up = (share * 2**cut).floor() + (words >> (32 - cut)).double() >= 2**cut
+    return torch.where(x.isfinite(), torch.where(up, above, below), x.to(dtype))
 
 
 def _power(base, exponent: int):

@@ -72,8 +72,10 @@ def clone(lists):
 
 
 def extra_arguments(op: str, shapes, share=0.1):
+    if op == "adamw_":
+        return ([], [])
     if op == "adamw_bernoulli_":
-        return ([philox.stream_key(2**63 + 5, f"layer.{i}") for i in range(len(shapes))],)
+        return ([philox.stream_key(2**63 + 5, f"layer.{i}") for i in range(len(shapes))], [], [])
     if op == "adamw_masked_":
         generator = torch.Generator().manual_seed(1)
         masks = [reference.pack_bits(torch.rand(shape, generator=generator) < share) for shape in shapes]
@@ -140,7 +142,7 @@ def test_bernoulli_boundary_is_exact(excess):
     bits = implementation("csrc", "cpu").bernoulli_bits(100, key, step, p, philox.GRADIENT_MASK, 0, CPU)
     assert reference.unpack_bits(bits, 100)[element] == bool(excess)
     lists = make_lists(torch.float32, torch.float32, shapes=((100,),), p=p)
-    compare_update("adamw_bernoulli_", lists, ([key],), [], updates=1)
+    compare_update("adamw_bernoulli_", lists, ([key], [], []), [], updates=1)
 
 
 @needs_csrc
@@ -171,14 +173,14 @@ def test_scaled_clipped_gradients_and_overflow(op, found_inf):
 @needs_csrc
 def test_a_nan_norm_poisons_every_child_weight():
     lists = make_lists(torch.float32, torch.float32, shapes=((5,),), max_grad_norm=1.0)
-    implementation("csrc", "cpu").adamw_(*lists, [], None, None, torch.tensor(float("nan")))
+    implementation("csrc", "cpu").adamw_(*lists, [], [], [], None, None, torch.tensor(float("nan")))
     assert lists[0][0].isnan().all()
 
 
 @needs_csrc
 @pytest.mark.parametrize("op", UPDATES)
 def test_no_tensors(op):
-    extra = {"adamw_": (), "adamw_bernoulli_": ([],), "adamw_masked_": ([], False)}[op]
+    extra = {"adamw_": ([], []), "adamw_bernoulli_": ([], [], []), "adamw_masked_": ([], False)}[op]
     getattr(implementation("csrc", "cpu"), op)([], [], [], [], [], torch.empty(0, 9, dtype=torch.float64), *extra, [])
 
 
@@ -277,7 +279,7 @@ def test_bad_lists_raise_before_anything_is_written(message):
     BROKEN[message](arguments)
     before = clone([[t.contiguous() for t in x] if isinstance(x, list) else x for x in arguments])
     with pytest.raises(RuntimeError, match=message.replace("[", r"\[").replace("]", r"\]")):
-        implementation("csrc", "cpu").adamw_(*arguments, [])
+        implementation("csrc", "cpu").adamw_(*arguments, [], [], [])
     for xs, ys in zip(arguments[:5], before[:5], strict=True):
         assert all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
 
@@ -288,15 +290,24 @@ def test_bad_extras_raise():
     lists = make_lists(torch.float32, torch.float32, shapes=((40,),))
     before = clone(lists)
     with pytest.raises(RuntimeError, match="keys must have 1 entries"):
-        functions.adamw_bernoulli_(*lists, [1, 2], [])
+        functions.adamw_bernoulli_(*lists, [1, 2], [], [], [])
     with pytest.raises(RuntimeError, match=r"p must be in \[2\*\*-32, 1\], got 0"):
-        functions.adamw_bernoulli_(*make_lists(torch.float32, torch.float32, shapes=((40,),), p=0.0), [1], [])
+        functions.adamw_bernoulli_(*make_lists(torch.float32, torch.float32, shapes=((40,),), p=0.0), [1], [], [], [])
     with pytest.raises(RuntimeError, match=r"mask_words\[0\] must have 2 elements, got 1"):
         functions.adamw_masked_(*lists, [torch.zeros(1, dtype=torch.int32)], False, [])
+    index = torch.arange(3, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=r"exp_avgs\[0\] must have 3 elements, got 40"):
+        functions.adamw_compact_(*lists, [index], [1], [], [], [])
+    with pytest.raises(RuntimeError, match=r"indices\[0\] must be Int, got Long"):
+        functions.adamw_compact_(*lists, [index.long()], [1], [], [], [])
+    with pytest.raises(RuntimeError, match=r"companions\[0\] must have no elements for a Float weight"):
+        functions.adamw_(*lists, [torch.zeros(40)], [], [])
+    with pytest.raises(RuntimeError, match="rounding_keys must have 1 entries.*, got 2"):
+        functions.adamw_(*lists, [], [1, 2], [])
     with pytest.raises(RuntimeError, match=r"lrs\[0\] must be Float, got Double"):
-        functions.adamw_(*lists, [torch.tensor(0.1).double()])
+        functions.adamw_(*lists, [], [], [torch.tensor(0.1).double()])
     with pytest.raises(RuntimeError, match="found_inf must have 1 elements, got 2"):
-        functions.adamw_(*lists, [], None, torch.zeros(2))
+        functions.adamw_(*lists, [], [], [], None, torch.zeros(2))
     with pytest.raises(RuntimeError, match="offset must be a multiple of 4 and at least 0, got 2"):
         functions.bernoulli_bits(8, 1, 1, 0.5, 0, 2, CPU)
     with pytest.raises(RuntimeError, match=r"step must be in \[1, 2\*\*32\), got 0"):

@@ -8,7 +8,7 @@ import operator
 import pytest
 import torch
 from cases import BLOCK, DTYPES, SHAPES, Case, hyper_row
-from oracles import Judge, assert_as_accurate, same_bits
+from oracles import Judge, assert_as_accurate, neighbours, same_bits
 
 from childtune_kernels import ops, philox
 
@@ -39,6 +39,66 @@ def test_bits_over_sizes_dtypes_and_steps(update, dialect, moment_dtype, place):
     for _ in range(4):
         case.step(place.kernels, op, case.new_grads(), **kwargs)
         case.check()
+
+
+ROUNDINGS = ("master", "compensation", "stochastic")
+LOW = {name: of for name, of in UPDATES.items() if of[0] != "adamw_masked_"}
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("update", LOW.values(), ids=LOW)
+def test_bits_of_low_precision_weights(update, rounding, dialect, place):
+    op, kwargs, p = update
+    case = Case(place.device, rows=rows_for(p, dialect=dialect), rounding=rounding)
+    for _ in range(4):
+        case.step(place.kernels, op, case.new_grads(), **kwargs)
+        case.check()
+    case.step(place.kernels, op, case.new_grads(special=math.inf), found_inf=1.0, **kwargs)
+    case.check()
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("offset", [0, 1, 4])
+@pytest.mark.parametrize("update", LOW.values(), ids=LOW)
+def test_bits_of_low_precision_weights_at_every_alignment(update, offset, rounding, place):
+    op, kwargs, p = update
+    shapes, dtypes = ((BLOCK,), (3 * BLOCK + 5,)), (torch.bfloat16, torch.float16)
+    case = Case(place.device, shapes=shapes, dtypes=dtypes, rows=rows_for(p), offset=offset, rounding=rounding)
+    for _ in range(2):
+        case.step(place.kernels, op, case.new_grads(), **kwargs)
+        case.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_stochastic_rounding_goes_to_a_neighbour_and_is_right_on_average(dtype, place):
+    """With betas of 0 and a gradient of 0 the weight is only rounded; here it decays to values of every kind."""
+    tiny = torch.finfo(dtype).smallest_normal
+    targets = torch.tensor([1.0, 1.003, -0.7001, 3e-3, tiny * 1.37, -tiny / 3, tiny / 2048, 50000.0])
+    weights = (targets / 0.9).to(dtype)
+    exact = weights.float() + torch.tensor(-0.1) * weights.float()
+    n = 4096
+    param = weights[:, None].expand(-1, n).contiguous().to(place.device)
+    zeros = [torch.zeros(param.shape, device=place.device) for _ in range(2)]
+    row = hyper_row(lr=1.0, beta1=0.0, beta2=0.0, eps=1.0, weight_decay=0.1)
+    hyper = torch.tensor([row], dtype=torch.float64)
+    step = torch.zeros((), device=place.device)
+    key = philox.stream_key(3, "w")
+    lists = ([param], [torch.zeros_like(param)], zeros[:1], zeros[1:], [step], hyper)
+    place.kernels.adamw_(*lists, [], [key], [])
+    got = param.cpu().double()
+    below, above = (x.double()[:, None] for x in neighbours(exact, dtype))
+    assert ((got == below) | (got == above)).all()
+    distance, unit = exact.double() - got.mean(1), (above - below).abs().flatten()
+    assert (distance.abs() <= 5 * 0.5 * unit / math.sqrt(n) + unit * 2.0**-13).all()
+    inexact = unit > 0
+    assert inexact[1:6].all() and ((got == above).any(1) & (got == below).any(1))[1:6].all()
+
+
+@pytest.mark.parametrize("special", [math.inf, -math.inf, math.nan], ids=str)
+def test_stochastic_rounding_of_what_is_not_finite(special, place):
+    case = Case(place.device, shapes=((33,),), dtypes=(torch.bfloat16, torch.float16), rounding="stochastic")
+    case.step(place.kernels, "adamw_", case.new_grads(special=special))
+    case.check()
 
 
 @pytest.mark.parametrize("lr_list", [False, True], ids=["hyper-lr", "lrs"])

@@ -12,7 +12,7 @@ from cases import hyper_row, snapshot, unchanged
 from childtune_kernels import ops, philox
 from childtune_kernels.ops import checks, reference
 
-UPDATES = ("adamw_", "adamw_bernoulli_", "adamw_masked_")
+UPDATES = ops.UPDATES
 SHAPES = ((5,), (3, 7), (0,))
 
 
@@ -30,6 +30,9 @@ def arguments(device="cpu", n=3) -> dict:
         keys=[philox.stream_key(3, str(i)) for i in range(n)],
         mask_words=[ops.pack_bits(torch.rand(s, device=device) < 0.5) for s, _ in specs],
         decay_all=True,
+        indices=[torch.arange(0, device=device, dtype=torch.int32) for _ in specs],
+        companions=[torch.zeros(s if d != torch.float32 else (0,), device=device) for s, d in specs],
+        rounding_keys=[philox.stream_key(4, str(i)) for i in range(n)],
         lrs=[torch.tensor(0.1, device=device) for _ in specs],
         grad_scale=torch.tensor(2.0, device=device),
         found_inf=torch.tensor(0.0, device=device),
@@ -102,7 +105,8 @@ def test_opcheck(op, overload, device):
 @pytest.mark.parametrize("op", UPDATES)
 def test_updates_advance_version_counters(op, device):
     given = arguments(device)
-    written = [t for name in ("params", "exp_avgs", "exp_avg_sqs", "steps") for t in given[name]]
+    names = ["params", "exp_avgs", "exp_avg_sqs", "steps"] + ["companions"] * (op != "adamw_masked_")
+    written = [t for name in names for t in given[name]]
     others = [t for t in tensors_of(given) if not any(t is w for w in written)]
     versions, other_versions = [t._version for t in written], [t._version for t in others]
     getattr(ops, op)(*positional(op, given))
@@ -193,7 +197,8 @@ def _strided(value):
 
 WIDE = torch.zeros(7, 3)
 # What is wrong, for which ops, the change, and what the error says: argument, expected, received.
-ALL, F, D = UPDATES, UPDATES[1:2], UPDATES[2:]
+NINE = torch.arange(9, dtype=torch.int32)
+ALL, F, D, C, LOW = UPDATES, UPDATES[1:2], UPDATES[2:3], UPDATES[3:], (UPDATES[0], UPDATES[1], UPDATES[3])
 BAD = [
     ("grads-count", ALL, _put("grads", lambda v: v[:2]), "grads must have 3 entries, one a parameter, got 2"),
     ("moments-count", ALL, _put("exp_avgs", lambda v: v[:1]), "exp_avgs must have 3 entries.* got 1"),
@@ -223,6 +228,16 @@ BAD = [
     ("moment-strides", ALL, _set("exp_avgs", 1, WIDE.t()), "state 1: exp_avg must be contiguous, got strides"),
     ("words-dtype", D, _set("mask_words", 0, lambda v: v.long()), r"mask_words\[0\] must be 1-D int32 .*int64"),
     ("words-numel", D, _set("mask_words", 0, lambda v: v.repeat(2)), r"mask_words\[0\] must hold 1 .* got 2"),
+    ("indices-count", C, _put("indices", lambda v: v[:2]), "indices must have 3 entries.* got 2"),
+    ("indices-dtype", C, _set("indices", 0, lambda v: v.long()), r"indices\[0\] must be contiguous 1-D int32 .*int64"),
+    ("indices-numel", C, _set("indices", 0, NINE), r"indices\[0\] must index at most 5 elements, got 9"),
+    ("indices-moments", C, _set("indices", 0, NINE[:2]), r"state 0: exp_avg must have shape \(2,\).* got \(5,\)"),
+    ("grad-packed", C, _set("grads", 0, lambda v: v[:2]), r"gradient of params\[0\] must have shape \(5,\)"),
+    ("companions-count", LOW, _put("companions", lambda v: v[:2]), "companions must have 3 entries.* got 2"),
+    ("companion-fp32", LOW, _set("companions", 0, torch.zeros(5)), r"companions\[0\] must have .* dtype in \[\]"),
+    ("companion-dtype", LOW, _set("companions", 1, lambda v: v.half()), r"companions\[1\] must .*, got .*float16"),
+    ("companion-shape", LOW, _set("companions", 1, lambda v: v.t()), r"companions\[1\] must have shape \(3, 7\)"),
+    ("rounding-count", LOW, _put("rounding_keys", lambda v: v[:2]), "rounding_keys must have 3 entries.* got 2"),
     ("lr-dtype", ALL, _set("lrs", 1, lambda v: v.double()), r"lrs\[1\] must be .* got 1 x torch.float64"),
     ("scale-dtype", ALL, _put("grad_scale", lambda v: v.double()), "grad_scale must be one float32 .*float64"),
     ("found-numel", ALL, _put("found_inf", torch.zeros(2)), "found_inf must be one float32 on cpu, got 2 x"),

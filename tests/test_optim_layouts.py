@@ -149,7 +149,8 @@ def test_several_dtypes_in_one_group(kind, place):
         alone = [(name, torch.nn.Parameter(model(place.device)[i][1].detach().to(dtypes[i % 3])))]
         in_mask = name in child_mask()
         mask = ChildMask.from_dense({name: child_mask().to_dense(name)}) if in_mask else None
-        other = optimizer(alone, kind, impl=place.impl, **({"mask": mask} if "D" in kind else {}))
+        kwargs = dict(impl=place.impl, low_precision=opt.low_precision, **({"mask": mask} if "D" in kind else {}))
+        other = optimizer(alone, kind, **kwargs)
         for t in range(1, 4):
             set_grads(named, t)
             alone[0][1].grad = named[i][1].grad

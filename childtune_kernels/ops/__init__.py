@@ -29,6 +29,7 @@ _UPDATE = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
     "Tensor hyper, {extra}Tensor[] lrs, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? grad_norm=None) -> ()"
 )
+_LOW_PRECISION = "Tensor(e!)[] companions, int[] rounding_keys, "
 # params        float32, bfloat16 or float16, contiguous; the list may mix dtypes, not devices
 # grads         like params, contiguous, any alignment, never written
 # exp_avgs, exp_avg_sqs   shaped like params; one dtype a parameter
@@ -38,15 +39,18 @@ _UPDATE = (
 # hyper         float64 [n, len(HYPER_COLUMNS)] on CPU
 # lrs           empty, or float32 [] per parameter, replacing hyper's lr: live under CUDA graphs
 # grad_scale    gradients are divided by it; found_inf: not 0, nothing is written; grad_norm: for max_grad_norm
+# companions    empty, or one a parameter, like its moments: float32, the master that a 16-bit weight is a copy of; or
+#               of its dtype, the compensation that it lacks; or [0]: none
+# rounding_keys empty, or signed 64-bit stream keys: 16-bit weights without a companion are rounded stochastically
 # total         float32 [O, I] or [O], float64 beside float64; d [B, T, O], x [B, T, I], factor [B, T, O]: any strides
 #               but the last dimension's; plain_total: [O], the same without factor
 # keys          signed 64-bit stream keys; mask_words: int32 [ceil(numel / 32)], or [0] for the whole tensor
 # scores        like params; thresholds: one a tensor; digits: how many bits of the keys one histogram tells apart
 SCHEMAS = {
-    "adamw_": _UPDATE.format(extra=""),
-    "adamw_bernoulli_": _UPDATE.format(extra="int[] keys, "),
+    "adamw_": _UPDATE.format(extra=_LOW_PRECISION),
+    "adamw_bernoulli_": _UPDATE.format(extra="int[] keys, " + _LOW_PRECISION),
     "adamw_masked_": _UPDATE.format(extra="Tensor[] mask_words, bool decay_all, "),
-    "adamw_compact_": _UPDATE.format(extra="Tensor[] indices, int[] keys, "),
+    "adamw_compact_": _UPDATE.format(extra="Tensor[] indices, int[] keys, " + _LOW_PRECISION),
     "square_accumulate_": "(Tensor(a!)[] accumulators, Tensor[] grads, float scale) -> ()",
     "fisher_linear_": "(Tensor(a!) total, Tensor d, Tensor x) -> ()",
     "fisher_columns_": "(Tensor(a!) total, Tensor d, Tensor? factor=None, Tensor(b!)? plain_total=None) -> ()",
@@ -139,7 +143,7 @@ def _update_op(op: str):
         if params:
             kernel = getattr(implementation("auto", params[0].device.type), op)
             kernel(params, grads, exp_avgs, exp_avg_sqs, steps, hyper, *rest)
-            mark_written(params, exp_avgs, exp_avg_sqs, steps)
+            mark_written(params, exp_avgs, exp_avg_sqs, steps, extra.get("companions", ()))
 
     return run
 

@@ -61,9 +61,10 @@ def check_update(
     """
     n = len(params)
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
-    lists.update({name: extra[name] for name in ("keys", "mask_words", "indices", "lrs") if name in extra})
+    lists.update({name: extra[name] for name in ("keys", "mask_words", "indices") if name in extra})
+    lists.update({name: extra[name] for name in ("lrs", "companions", "rounding_keys") if extra.get(name)})
     for name, values in lists.items():
-        if len(values) != n and not (name == "lrs" and not values):
+        if len(values) != n:
             raise RuntimeError(f"{name} must have {n} entries, one a parameter, got {len(values)}")
     if (hyper.dtype, hyper.shape, hyper.device.type) != (torch.float64, (n, len(HYPER_COLUMNS)), "cpu"):
         raise RuntimeError(
@@ -86,6 +87,8 @@ def check_update(
             shape = tuple(param.shape)
             check_gradient(f"params[{i}]", grads[i], param)
         check_state(f"state {i}", param, steps[i], exp_avgs[i], exp_avg_sqs[i], shape)
+        if extra.get("companions"):
+            check_companion(f"companions[{i}]", extra["companions"][i], param, shape)
         if extra.get("lrs"):
             _check_scalar(f"lrs[{i}]", extra["lrs"][i], param.device)
         for name, value in (("params", param), ("grads", grads[i])):
@@ -121,6 +124,13 @@ def check_indices(label: str, index: Tensor, param: Tensor, exp_avg: Tensor) -> 
         raise RuntimeError(f"{label} must index at most {min(param.numel(), 2**31 - 1)} elements, got {index.numel()}")
     whole = index.numel() == 0 and exp_avg.numel() != 0
     return tuple(param.shape) if whole else (index.numel(),)
+
+
+def check_companion(label: str, companion: Tensor, param: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse what is neither master nor compensation of a 16-bit weight; no entries mean that there is none."""
+    if companion.numel():
+        dtypes = () if param.dtype == torch.float32 else (torch.float32, param.dtype)
+        _check_like(label, companion, param, dtypes, shape)
 
 
 def check_packed_gradient(label: str, grad: Tensor, param: Tensor, shape: tuple[int, ...]) -> None:

@@ -10,7 +10,9 @@ One written order of IEEE operations, each rounded once. The update of one weigh
     w = w - step_size * (m / (sqrt(v) * inv_sqrt_correction2 + eps))      Alg. 1, lines 10-12
     w = w + shrink_after * w                                      decoupled decay, hf dialect
 
-The scalars come from `derive_scalars`, in fp64 and rounded to fp32 once.
+The scalars come from `derive_scalars`, in fp64 and rounded to fp32 once. A 16-bit weight is rounded to nearest, or
+one of these: ``w`` lives in an fp32 master, and the weight is its copy; ``w`` is the sum of the weight and a
+compensation of its dtype, which takes what rounding left over (Kahan); the weight is rounded stochastically.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ HYPER_COLUMNS = (
     "max_grad_norm",  # inf: no clipping
 )
 _PRODUCTS = 1 << 24  # elements of per-example gradients that fisher_linear_ holds at a time: 64 MB
+_MIN_NORMAL_HALF = 2.0**-14  # the smallest normal fp16
 _CHUNK = 1 << 20  # random elements drawn at a time: bounds the int64 temporaries to a few tens of MB
 MAX_DIGITS = 11  # bits of a key that one score_histogram tells apart: 2048 counts fit any shared memory
 STEP_BITS = 24  # an fp32 step counter is exact below 2**24
@@ -139,10 +142,30 @@ def decay_weights(param: Tensor, s: Scalars) -> Tensor:
     return w + s.shrink_after * w
 
 
+def round_stochastically(x: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round fp32 to one of the two nearest 16-bit values, up with the probability of the distance: on average exact.
+
+    Random bits are added below the last bit kept, then cut off. Below fp16's smallest normal number the last bit has
+    a fixed weight: there the magnitude is moved up by that number while this happens.
+
+    Args:
+        words: 32 random bits each, int64, shaped like ``x``; the highest bits are used.
+        dtype: bfloat16 or float16.
+    """
+    cut = 16 if dtype == torch.bfloat16 else 13
+    magnitude = x.abs()
+    small = (magnitude < _MIN_NORMAL_HALF) & (dtype == torch.float16)
+    moved = torch.where(small, magnitude + _MIN_NORMAL_HALF, magnitude)
+    bits = (moved.view(torch.int32) + (words >> (32 - cut)).to(torch.int32)) >> cut << cut
+    moved = bits.view(torch.float32)
+    rounded = torch.where(small, moved - _MIN_NORMAL_HALF, moved).copysign(x)
+    return torch.where(x.isfinite(), rounded, x).to(dtype)
+
+
 class _Step:
     """One call's common part: advances the counters, derives the scalars, and writes nothing under found_inf."""
 
-    def __init__(self, steps, hyper, lrs, grad_scale, found_inf, grad_norm):
+    def __init__(self, steps, hyper, lrs, grad_scale, found_inf, grad_norm, companions=(), rounding_keys=()):
         device = steps[0].device
         grad_scale, found_inf, grad_norm = (
             None if x is None else x.to(device) for x in (grad_scale, found_inf, grad_norm)
@@ -153,6 +176,26 @@ class _Step:
         self.scalars = [Scalars(*row) for row in zip(*(column.unbind() for column in columns), strict=True)]
         for step in steps:
             self.write(step, step + 1)
+        self.companions = companions or [None] * len(steps)
+        self.rounding_keys = rounding_keys or [None] * len(steps)
+
+    def update_weights(self, i: int, param: Tensor, elements: Tensor, m: Tensor, v: Tensor) -> None:
+        """Update ``param``, which holds the given elements of parameter i, from its new moments."""
+        companion, key, s = self.companions[i], self.rounding_keys[i], self.scalars[i]
+        if companion is None or not companion.numel() or param.dtype == torch.float32:
+            w = advance_weights(param, m, v, s)
+            if key is not None and param.dtype != torch.float32:
+                words = philox.words(elements, key, self.t[i], philox.STOCHASTIC_ROUNDING)
+                w = round_stochastically(w, words.view(w.shape), param.dtype)
+            self.write(param, w)
+        elif companion.dtype == torch.float32:
+            w = advance_weights(companion, m, v, s)
+            self.write(companion, w)
+            self.write(param, w)
+        else:
+            w = advance_weights(param.float() + companion.float(), m, v, s)
+            self.write(companion, w - w.to(param.dtype).float())
+            self.write(param, w)
 
     def write(self, target: Tensor, value: Tensor) -> None:
         """Store ``value``, rounded to nearest even if ``target`` is 16 bit."""
@@ -161,34 +204,44 @@ class _Step:
 
 
 def adamw_(
-    params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs=(), grad_scale=None, found_inf=None, grad_norm=None
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    steps,
+    hyper,
+    companions,
+    rounding_keys,
+    lrs=(),
+    grad_scale=None,
+    found_inf=None,
+    grad_norm=None,
 ) -> None:
     """Update every weight with its whole gradient."""
-    if not params:
-        return
-    step = _Step(steps, hyper, lrs, grad_scale, found_inf, grad_norm)
-    for param, grad, exp_avg, exp_avg_sq, s in zip(params, grads, exp_avgs, exp_avg_sqs, step.scalars, strict=True):
-        m, v = advance_moments(grad.float() * s.grad_multiplier, exp_avg, exp_avg_sq, s)
-        for target, value in ((param, advance_weights(param, m, v, s)), (exp_avg, m), (exp_avg_sq, v)):
-            step.write(target, value)
+    keys, hyper = [0] * len(params), _with_p_of_one(hyper)
+    lists = (params, grads, exp_avgs, exp_avg_sqs, steps, hyper)
+    adamw_bernoulli_(*lists, keys, companions, rounding_keys, lrs, grad_scale, found_inf, grad_norm)
 
 
 def adamw_bernoulli_(
-    params, grads, exp_avgs, exp_avg_sqs, steps, hyper, keys, lrs=(), grad_scale=None, found_inf=None, grad_norm=None
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    steps,
+    hyper,
+    keys,
+    companions,
+    rounding_keys,
+    lrs=(),
+    grad_scale=None,
+    found_inf=None,
+    grad_norm=None,
 ) -> None:
     """Child-Tuning_F (Eq. 4): a fresh mask each step, kept gradients times 1/p; every moment and weight decays."""
-    if not params:
-        return
-    step = _Step(steps, hyper, lrs, grad_scale, found_inf, grad_norm)
-    ps = hyper[:, HYPER_COLUMNS.index("reserve_p")].tolist()
-    rows = zip(params, grads, exp_avgs, exp_avg_sqs, step.scalars, keys, step.t, ps, strict=True)
-    for param, grad, exp_avg, exp_avg_sq, s, key, t, p in rows:
-        words = bernoulli_bits(param.numel(), key, t, p, philox.GRADIENT_MASK, 0, param.device)
-        keep = unpack_bits(words, param.numel()).view(param.shape)
-        g = torch.where(keep, grad.float() * s.grad_multiplier * s.inv_p, 0.0)  # Eq. 4
-        m, v = advance_moments(g, exp_avg, exp_avg_sq, s)
-        for target, value in ((param, advance_weights(param, m, v, s)), (exp_avg, m), (exp_avg_sq, v)):
-            step.write(target, value)
+    none = [torch.empty(0, dtype=torch.int32, device=param.device) for param in params]
+    lists = (params, grads, exp_avgs, exp_avg_sqs, steps, hyper)
+    adamw_compact_(*lists, none, keys, companions, rounding_keys, lrs, grad_scale, found_inf, grad_norm)
 
 
 def adamw_masked_(
@@ -231,6 +284,8 @@ def adamw_compact_(
     hyper,
     indices,
     keys,
+    companions,
+    rounding_keys,
     lrs=(),
     grad_scale=None,
     found_inf=None,
@@ -242,25 +297,33 @@ def adamw_compact_(
     """
     if not params:
         return
-    step = _Step(steps, hyper, lrs, grad_scale, found_inf, grad_norm)
+    step = _Step(steps, hyper, lrs, grad_scale, found_inf, grad_norm, companions, rounding_keys)
     ps = hyper[:, HYPER_COLUMNS.index("reserve_p")].tolist()
     rows = zip(params, grads, exp_avgs, exp_avg_sqs, step.scalars, indices, keys, step.t, ps, strict=True)
-    for param, grad, exp_avg, exp_avg_sq, s, index, key, t, p in rows:
+    for i, (param, grad, exp_avg, exp_avg_sq, s, index, key, t, p) in enumerate(rows):
         if exp_avg.numel() == 0:  # nothing of it is in the child
             continue
         whole = not index.numel()
-        elements = (torch.arange(param.numel(), device=param.device) if whole else index).long().view(exp_avg.shape)
-        packed = grad if grad.shape == exp_avg.shape else grad.view(-1)[elements]
-        g = packed.float() * s.grad_multiplier  # Eq. 1-3
+        elements = torch.arange(param.numel(), device=param.device) if whole else index.long()
+        flat, packed = param.view(-1), grad.reshape(-1)
+        packed = packed if packed.numel() == exp_avg.numel() else packed[elements]
+        g = packed.view(exp_avg.shape).float() * s.grad_multiplier  # Eq. 1-3
         if p < 1:
-            g = torch.where(philox.keep_bits(elements, key, t, p), g * s.inv_p, 0.0)  # Eq. 4
+            keep = philox.keep_bits(elements, key, t, p).view(g.shape)
+            g = torch.where(keep, g * s.inv_p, 0.0)  # Eq. 4
         m, v = advance_moments(g, exp_avg, exp_avg_sq, s)
-        flat = param.view(-1)
-        weights = flat[elements]
-        step.write(weights, advance_weights(weights, m, v, s))
-        flat[elements] = weights
+        weights = param if whole else flat[elements]
+        step.update_weights(i, weights, elements, m, v)
+        if not whole:
+            flat[elements] = weights
         step.write(exp_avg, m)
         step.write(exp_avg_sq, v)
+
+
+def _with_p_of_one(hyper: Tensor) -> Tensor:
+    hyper = hyper.clone()
+    hyper[:, HYPER_COLUMNS.index("reserve_p")] = 1.0
+    return hyper
 
 
 def square_accumulate_(accumulators, grads, scale) -> None:

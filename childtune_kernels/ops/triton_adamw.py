@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .fixed import Fixed
 from .reference import HYPER_COLUMNS
-from .triton_compact import GRAD_PACKED, compact_block
+from .triton_blocks import GRAD_PACKED, compact_block, dense_block, masked_block
 from .triton_launch import (
     INTERPRET,
     OPTIONS,
@@ -21,24 +21,21 @@ from .triton_launch import (
     layout,
     locate,
     on_device,
-    pointer,
-    rounded,
     upload,
-    widened,
 )
-from .triton_philox import keep_bits
+from .triton_rounding import COMPENSATION, MASTER, NO_COMPANION
 from .triton_scalars import (
     CHILD,
+    COMPANION,
     EXP_AVG,
     EXP_AVG_SQ,
     GRAD,
     KEY,
     NUMEL,
     PARAM,
+    ROUNDING_KEY,
     SCALARS,
-    advance,
     begin_kernel,
-    scalar,
 )
 
 # What a launch does with its gradients: one kernel, since these differ in a few lines of it.
@@ -46,134 +43,16 @@ _PLAIN, _BERNOULLI, _CHILD, _CHILD_DECAY_ALL, _COMPACT, _COMPACT_BERNOULLI = map
 
 
 @triton.jit
-def _pointers(
-    addresses,
-    start,
-    offsets,
-    PARAM_DTYPE: tl.constexpr,
-    STATE_DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    GRAD_ALIGNED: tl.constexpr,
-):
-    """Return pointers to elements ``start + offsets`` of param, grad, exp_avg and exp_avg_sq."""
-    param, grad, exp_avg, exp_avg_sq = addresses
-    return (
-        pointer(param, PARAM_DTYPE, ALIGNED) + start + offsets,
-        pointer(grad, PARAM_DTYPE, GRAD_ALIGNED) + start + offsets,
-        pointer(exp_avg, STATE_DTYPE, ALIGNED) + start + offsets,
-        pointer(exp_avg_sq, STATE_DTYPE, ALIGNED) + start + offsets,
-    )
-
-
-@triton.jit
-def _dense_block(
-    addresses,
-    key,
-    row,
-    start,
-    numel,
-    BERNOULLI: tl.constexpr,
-    PARAM_DTYPE: tl.constexpr,
-    STATE_DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    GRAD_ALIGNED: tl.constexpr,
-    FULL: tl.constexpr,
-    INTERPRET: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Update one block; ``FULL`` says that no element of it lies outside the tensor, so that accesses vectorise."""
-    offsets = tl.arange(0, BLOCK)  # from the block's start: 64-bit offsets an element would double the registers
-    inside = None if FULL else offsets < numel - start
-    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr = _pointers(
-        addresses, start, offsets, PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED
-    )
-    param = widened(tl.load(param_ptr, mask=inside), INTERPRET)
-    grad = widened(tl.load(grad_ptr, mask=inside), INTERPRET)
-    exp_avg = widened(tl.load(exp_avg_ptr, mask=inside), INTERPRET)
-    exp_avg_sq = widened(tl.load(exp_avg_sq_ptr, mask=inside), INTERPRET)
-
-    g = grad * scalar(row, 0)
-    if BERNOULLI:
-        keep = keep_bits(
-            start,
-            key,
-            tl.load(row + 11).to(tl.uint32),
-            tl.load(row + 12).to(tl.uint32),
-            0,
-            BLOCK,
-        )
-        g = tl.where(keep, g * scalar(row, 1), 0.0)  # Eq. 4
-
-    param, exp_avg, exp_avg_sq = advance(param, g, exp_avg, exp_avg_sq, row)
-
-    tl.store(param_ptr, rounded(param, PARAM_DTYPE, INTERPRET), mask=inside)
-    tl.store(exp_avg_ptr, rounded(exp_avg, STATE_DTYPE, INTERPRET), mask=inside)
-    tl.store(exp_avg_sq_ptr, rounded(exp_avg_sq, STATE_DTYPE, INTERPRET), mask=inside)
-
-
-@triton.jit
-def _masked_block(
-    addresses,
-    words,
-    row,
-    start,
-    numel,
-    DECAY_ALL: tl.constexpr,
-    PARAM_DTYPE: tl.constexpr,
-    STATE_DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    GRAD_ALIGNED: tl.constexpr,
-    FULL: tl.constexpr,
-    INTERPRET: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Update the child's share of one block. Groups of 4 elements without a child bit are not read.
-
-    Reading by groups keeps the loads 16 bytes wide. Writing goes by element: merging new and old values for wide
-    stores took 54 registers instead of 43, and 2.11 ms instead of 2.06 (H200, BERT-large, fp32, random p = 0.1).
-    """
-    quads = tl.arange(0, BLOCK // 4)
-    lanes = tl.arange(0, 4)[None, :]
-    offsets = quads[:, None] * 4 + lanes
-    inside = None if FULL else offsets < numel - start
-    words_ptr = words.to(tl.pointer_type(tl.int32)) + start // 32 + quads // 8
-    word = tl.load(words_ptr, mask=quads * 4 < numel - start, other=0)
-    nibble = (word >> (quads % 8) * 4) & 15
-    keep = ((nibble[:, None] >> lanes) & 1) != 0
-    touched = (nibble != 0)[:, None] & (lanes >= 0)
-    if not FULL:
-        keep = keep & inside
-        touched = touched & inside
-
-    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr = _pointers(
-        addresses, start, offsets, PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED
-    )
-    old_param = widened(tl.load(param_ptr, mask=inside if DECAY_ALL else touched), INTERPRET)
-    grad = widened(tl.load(grad_ptr, mask=touched), INTERPRET)
-    exp_avg = widened(tl.load(exp_avg_ptr, mask=touched), INTERPRET)
-    exp_avg_sq = widened(tl.load(exp_avg_sq_ptr, mask=touched), INTERPRET)
-
-    param, exp_avg, exp_avg_sq = advance(old_param, grad * scalar(row, 0), exp_avg, exp_avg_sq, row)
-
-    written = keep
-    if DECAY_ALL:  # as the released code: weights outside the child decay
-        decayed = old_param + scalar(row, 9) * old_param
-        param = tl.where(keep, param, decayed + scalar(row, 10) * decayed)
-        written = inside
-    tl.store(param_ptr, rounded(param, PARAM_DTYPE, INTERPRET), mask=written)
-    tl.store(exp_avg_ptr, rounded(exp_avg, STATE_DTYPE, INTERPRET), mask=keep)
-    tl.store(exp_avg_sq_ptr, rounded(exp_avg_sq, STATE_DTYPE, INTERPRET), mask=keep)
-
-
-@triton.jit
 def _update_block(
     addresses,
-    key,
+    keys,
     child,
     row,
     start,
     numel,
     RULE: tl.constexpr,
+    COMPANION: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -189,18 +68,18 @@ def _update_block(
     if MASKED or COMPACT:
         whole = child == 0  # no words or indices: a tensor that the mask does not name
     if whole:
-        _dense_block(
-            addresses, key, row, start, numel, BERNOULLI,
+        dense_block(
+            addresses, keys, row, start, numel, BERNOULLI, COMPANION, STOCHASTIC,
             PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED, FULL, INTERPRET, BLOCK,
         )  # fmt: skip
     elif MASKED:
-        _masked_block(
+        masked_block(
             addresses, child, row, start, numel, RULE == _CHILD_DECAY_ALL,
             PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED, FULL, INTERPRET, BLOCK,
         )  # fmt: skip
     elif COMPACT:
         compact_block(
-            addresses, key, child, row, start, numel, BERNOULLI,
+            addresses, keys, child, row, start, numel, BERNOULLI, COMPANION, STOCHASTIC,
             PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED, FULL, INTERPRET, BLOCK,
         )  # fmt: skip
 
@@ -215,6 +94,8 @@ def _update_kernel(
     first_row,
     n,
     RULE: tl.constexpr,
+    BESIDE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -236,8 +117,9 @@ def _update_kernel(
         tl.load(field + GRAD * n),
         tl.load(field + EXP_AVG * n),
         tl.load(field + EXP_AVG_SQ * n),
+        tl.load(field + COMPANION * n),
     )
-    key = tl.load(field + KEY * n)
+    keys = (tl.load(field + KEY * n), tl.load(field + ROUNDING_KEY * n))
     child = tl.load(field + CHILD * n)
     numel = tl.load(field + NUMEL * n)
     apply = tl.load(row + 13)  # 0 where the gradients overflowed: nothing is written
@@ -245,6 +127,7 @@ def _update_kernel(
         is_aligned(addresses[0], PARAM_DTYPE)
         & is_aligned(addresses[2], STATE_DTYPE)
         & is_aligned(addresses[3], STATE_DTYPE)
+        & is_aligned(addresses[4], tl.float32 if BESIDE == MASTER else PARAM_DTYPE)
     )
     if RULE == _COMPACT or RULE == _COMPACT_BERNOULLI:
         aligned = aligned & is_aligned(child & ~GRAD_PACKED, tl.int32)
@@ -256,19 +139,19 @@ def _update_kernel(
                 # gradients that are views of a bucket may lie anywhere, and must not make the rest scalar
                 if is_aligned(addresses[1], PARAM_DTYPE):
                     _update_block(
-                        addresses, key, child, row, first, numel, RULE,
+                        addresses, keys, child, row, first, numel, RULE, BESIDE, STOCHASTIC,
                         PARAM_DTYPE, STATE_DTYPE, True, True, True, INTERPRET, PART,
                     )  # fmt: skip
                 else:
                     _update_block(
-                        addresses, key, child, row, first, numel, RULE,
+                        addresses, keys, child, row, first, numel, RULE, BESIDE, STOCHASTIC,
                         PARAM_DTYPE, STATE_DTYPE, True, False, True, INTERPRET, PART,
                     )  # fmt: skip
             else:  # one element a thread at a time: scalar accesses to a whole part would double the registers
                 for element in range(0, PART, SCALAR_PART):
                     if first + element < numel:
                         _update_block(
-                            addresses, key, child, row, first + element, numel, RULE,
+                            addresses, keys, child, row, first + element, numel, RULE, BESIDE, STOCHASTIC,
                             PARAM_DTYPE, STATE_DTYPE, False, False, False, INTERPRET, SCALAR_PART,
                         )  # fmt: skip
 
@@ -290,21 +173,28 @@ _SIZES = {
 _DENSE_CHILD, _DENSE_CHILD_WARPS = 0.2, 4
 
 
-def _run(rule, lists, keys, children, lrs, grad_scale, found_inf, grad_norm) -> None:
+def _run(rule, lists, keys, children, companions, rounding_keys, lrs, grad_scale, found_inf, grad_norm) -> None:
     """Upload one table, derive the scalars in one launch, update in one launch a combination of dtypes."""
     if not lists[0]:
         return
     hyper = lists[-1]
     params, grads, exp_avgs, exp_avg_sqs, steps = tensors = [Fixed.of(values) for values in lists[:-1]]
+    companions = Fixed.of(companions)
     device, n = params[0].device, len(params)
     block, part, scalar_part, num_warps = _SIZES[rule]
-    kinds = zip(params.dtypes, exp_avgs.dtypes, strict=True)
-    plan = params.derive(f"layout of {block}", exp_avgs, lambda: layout(device, block, exp_avgs.numels, tuple(kinds)))
     if rule in (_COMPACT.value, _COMPACT_BERNOULLI.value) and sum(exp_avgs.numels) > _DENSE_CHILD * sum(params.numels):
         num_warps = _DENSE_CHILD_WARPS
+
+    def lay_out():
+        beside = [c.dtype if c.numel() else None for c in companions] or [None] * n
+        kinds = zip(params.dtypes, exp_avgs.dtypes, beside, strict=True)
+        return layout(device, block, exp_avgs.numels, tuple(kinds))
+
+    plan = params.derive(f"layout of {block} with {len(companions)} companions", exp_avgs, lay_out)
     none = np.zeros(n, np.int64)
-    fields = [values.addresses for values in tensors]
-    fields += [Fixed.of(lrs).addresses if lrs else none, none if keys is None else Fixed.of(keys).words]
+    fields = [values.addresses for values in tensors[:-1]] + [companions.addresses if companions else none]
+    fields += [steps.addresses, Fixed.of(lrs).addresses if lrs else none]
+    fields += [Fixed.of(k).words if k else none for k in (keys, rounding_keys)]
     fields += [none if children is None else children, plan.numels]
     host = np.concatenate((fields, hyper.numpy().view(np.int64).T))
     if plan.order is not None:
@@ -316,7 +206,7 @@ def _run(rule, lists, keys, children, lrs, grad_scale, found_inf, grad_norm) -> 
             table, scalars, n, grad_scale, found_inf, grad_norm, HAS_LRS=bool(lrs), BLOCK=128, **OPTIONS
         )
         for launch in plan.launches:
-            param_dtype, state_dtype = launch.dtypes
+            param_dtype, state_dtype, beside = launch.dtypes
             _update_kernel[(launch.n_blocks,)](
                 table,
                 scalars,
@@ -326,6 +216,8 @@ def _run(rule, lists, keys, children, lrs, grad_scale, found_inf, grad_norm) -> 
                 launch.first_row,
                 n,
                 RULE=rule,
+                BESIDE={None: NO_COMPANION, torch.float32: MASTER}.get(beside, COMPENSATION).value,
+                STOCHASTIC=bool(rounding_keys) and beside is None and param_dtype != torch.float32,
                 PARAM_DTYPE=TRITON_DTYPES[param_dtype],
                 STATE_DTYPE=TRITON_DTYPES[state_dtype],
                 INTERPRET=INTERPRET,
@@ -338,59 +230,41 @@ def _run(rule, lists, keys, children, lrs, grad_scale, found_inf, grad_norm) -> 
 
 
 def adamw_(
-    params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs=(), grad_scale=None, found_inf=None, grad_norm=None
-) -> None:
+    params, grads, exp_avgs, exp_avg_sqs, steps, hyper, companions, rounding_keys,
+    lrs=(), grad_scale=None, found_inf=None, grad_norm=None,
+) -> None:  # fmt: skip
     """Launch `reference.adamw_`."""
     lists = (params, grads, exp_avgs, exp_avg_sqs, steps, hyper)
-    _run(_PLAIN.value, lists, None, None, lrs, grad_scale, found_inf, grad_norm)
+    _run(_PLAIN.value, lists, None, None, companions, rounding_keys, lrs, grad_scale, found_inf, grad_norm)
 
 
 def adamw_bernoulli_(
-    params, grads, exp_avgs, exp_avg_sqs, steps, hyper, keys, lrs=(), grad_scale=None, found_inf=None, grad_norm=None
-) -> None:
+    params, grads, exp_avgs, exp_avg_sqs, steps, hyper, keys, companions, rounding_keys,
+    lrs=(), grad_scale=None, found_inf=None, grad_norm=None,
+) -> None:  # fmt: skip
     """Launch `reference.adamw_bernoulli_`."""
     lists = (params, grads, exp_avgs, exp_avg_sqs, steps, hyper)
-    _run(_BERNOULLI.value, lists, keys, None, lrs, grad_scale, found_inf, grad_norm)
+    _run(_BERNOULLI.value, lists, keys, None, companions, rounding_keys, lrs, grad_scale, found_inf, grad_norm)
 
 
 def adamw_masked_(
-    params,
-    grads,
-    exp_avgs,
-    exp_avg_sqs,
-    steps,
-    hyper,
-    mask_words,
-    decay_all,
-    lrs=(),
-    grad_scale=None,
-    found_inf=None,
-    grad_norm=None,
-) -> None:
+    params, grads, exp_avgs, exp_avg_sqs, steps, hyper, mask_words, decay_all,
+    lrs=(), grad_scale=None, found_inf=None, grad_norm=None,
+) -> None:  # fmt: skip
     """Launch `reference.adamw_masked_`."""
     lists = (params, grads, exp_avgs, exp_avg_sqs, steps, hyper)
     rule = (_CHILD_DECAY_ALL if decay_all else _CHILD).value
-    _run(rule, lists, None, Fixed.of(mask_words).addresses, lrs, grad_scale, found_inf, grad_norm)
+    _run(rule, lists, None, Fixed.of(mask_words).addresses, (), (), lrs, grad_scale, found_inf, grad_norm)
 
 
 def adamw_compact_(
-    params,
-    grads,
-    exp_avgs,
-    exp_avg_sqs,
-    steps,
-    hyper,
-    indices,
-    keys,
-    lrs=(),
-    grad_scale=None,
-    found_inf=None,
-    grad_norm=None,
-) -> None:
+    params, grads, exp_avgs, exp_avg_sqs, steps, hyper, indices, keys, companions, rounding_keys,
+    lrs=(), grad_scale=None, found_inf=None, grad_norm=None,
+) -> None:  # fmt: skip
     """Launch `reference.adamw_compact_`."""
     lists = (Fixed.of(params), Fixed.of(grads), Fixed.of(exp_avgs), exp_avg_sqs, steps, hyper)
     p = hyper.numpy()[:, HYPER_COLUMNS.index("reserve_p")]
     rule = (_COMPACT_BERNOULLI if (p < 1).any() else _COMPACT).value
     packed = np.array(lists[1].numels) != np.array(lists[0].numels)
     children = Fixed.of(indices).addresses | packed * GRAD_PACKED.value
-    _run(rule, lists, keys, children, lrs, grad_scale, found_inf, grad_norm)
+    _run(rule, lists, keys, children, companions, rounding_keys, lrs, grad_scale, found_inf, grad_norm)

@@ -17,8 +17,8 @@ from .triton_launch import (
     on_device,
     pointer,
     upload,
-    widened,
 )
+from .triton_rounding import widened
 
 _ACCUMULATOR, _GRAD, _NUMEL = map(tl.constexpr, range(3))  # fields of the table
 _BLOCK = 1024  # elements a program

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .triton_launch import INTERPRET, OPTIONS, on_device, widened
+from .triton_launch import INTERPRET, OPTIONS, on_device
+from .triton_rounding import widened
 
 
 @triton.jit(do_not_specialize=["examples", "positions"])

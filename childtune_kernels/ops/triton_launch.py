@@ -121,22 +121,3 @@ def pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 @triton.jit
 def is_aligned(address, DTYPE: tl.constexpr):
     return address % (DTYPE.primitive_bitwidth // 2) == 0
-
-
-@triton.jit
-def rounded(x, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
-    """Round fp32 to DTYPE, to nearest even. Triton's interpreter would truncate to bfloat16."""
-    if INTERPRET and DTYPE == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        half = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
-        half = tl.where(x == x, half, 0x7FC0).to(tl.uint16)  # a NaN must not round up to infinity
-        return half.to(tl.bfloat16, bitcast=True)
-    return x.to(DTYPE)
-
-
-@triton.jit
-def widened(x, INTERPRET: tl.constexpr):
-    """Widen to fp32. Triton's interpreter gets bfloat16 subnormals wrong."""
-    if INTERPRET and x.dtype == tl.bfloat16:
-        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)

@@ -11,7 +11,9 @@ import triton.language as tl
 
 # Fields of the table, then the columns of `hyper`; field f of parameter i is at f * n + i.
 # KEY: of the mask stream; CHILD: the address of mask words or indices, 0 where the whole tensor is in the child.
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, STEP, LR, KEY, CHILD, NUMEL, HYPER = map(tl.constexpr, range(10))
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, COMPANION, STEP, LR, KEY, ROUNDING_KEY, CHILD, NUMEL, HYPER = map(
+    tl.constexpr, range(12)
+)
 SCALARS = tl.constexpr(16)  # 32-bit words a parameter in the table of derived scalars: one 64-byte line
 STEP_BITS = tl.constexpr(24)
 

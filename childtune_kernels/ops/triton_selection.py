@@ -20,8 +20,8 @@ from .triton_launch import (
     on_device,
     pointer,
     upload,
-    widened,
 )
+from .triton_rounding import widened
 
 _SCORES, _NUMEL, _ROW, _FIRST = map(tl.constexpr, range(4))  # fields of _count_kernel's table
 _WORDS, _THRESHOLD, _TIE_END = map(tl.constexpr, range(2, 5))  # of _bits_kernel's, after the same two

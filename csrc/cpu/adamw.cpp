@@ -38,14 +38,27 @@ Parameter arrays(const UpdateLists& u, size_t i, const Scalars& scalars) {
   return p;
 }
 
+std::vector<Stream> make_streams(
+    const std::vector<Scalars>& scalars, const std::vector<int64_t>& keys, uint32_t domain) {
+  std::vector<Stream> streams;
+  for (size_t i = 0; i < scalars.size() && !keys.empty(); ++i)
+    streams.push_back(make_stream(keys[i], scalars[i].t, domain));
+  return streams;
+}
+
 // `complete(i, parameter)` adds what is particular to one op.
 template <typename Loop, typename Complete>
-void run(const UpdateLists& u, const std::vector<Scalars>& scalars, Loop loop, const Complete& complete) {
+void run(const UpdateLists& u, const LowPrecision& low, const std::vector<Scalars>& scalars, Loop loop,
+         const Complete& complete) {
+  const std::vector<Stream> rounding = make_streams(scalars, low.rounding_keys, kStochasticRounding);
   std::vector<Parameter> parameters;
   std::vector<int64_t> numels;
   for (size_t i = 0; i < scalars.size(); ++i) {
     parameters.push_back(arrays(u, i, scalars[i]));
-    complete(i, parameters.back());
+    Parameter& p = parameters.back();
+    if (low.has_companion(i)) (low.is_master(i) ? p.master : p.compensation) = low.companions[i].mutable_data_ptr();
+    if (low.is_stochastic(u, i)) p.rounding = &rounding[i];
+    complete(i, p);
     numels.push_back(u.exp_avgs[i].numel());
   }
   parallel_elements(numels, [&](size_t i, int64_t first, int64_t last) { loop(parameters[i], first, last); });
@@ -54,23 +67,29 @@ void run(const UpdateLists& u, const std::vector<Scalars>& scalars, Loop loop, c
 }  // namespace
 
 void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
-            const Tensors& steps, const Tensor& hyper, const Tensors& lrs, const MaybeTensor& grad_scale,
+            const Tensors& steps, const Tensor& hyper, const Tensors& companions,
+            const std::vector<int64_t>& rounding_keys, const Tensors& lrs, const MaybeTensor& grad_scale,
             const MaybeTensor& found_inf, const MaybeTensor& grad_norm) {
   const UpdateLists u{params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs, grad_scale, found_inf, grad_norm};
+  const LowPrecision low{companions, rounding_keys};
   check_update(u);
-  run(u, begin_step(u), loops().adamw, [](size_t, Parameter&) {});
+  check_low_precision(u, low);
+  run(u, low, begin_step(u), loops().adamw, [](size_t, Parameter&) {});
 }
 
-void adamw_bernoulli_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
-                      const Tensors& steps, const Tensor& hyper, const std::vector<int64_t>& keys, const Tensors& lrs,
-                      const MaybeTensor& grad_scale, const MaybeTensor& found_inf, const MaybeTensor& grad_norm) {
+void adamw_bernoulli_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+                      const Tensors& exp_avg_sqs, const Tensors& steps, const Tensor& hyper,
+                      const std::vector<int64_t>& keys, const Tensors& companions,
+                      const std::vector<int64_t>& rounding_keys, const Tensors& lrs, const MaybeTensor& grad_scale,
+                      const MaybeTensor& found_inf, const MaybeTensor& grad_norm) {
   const UpdateLists u{params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs, grad_scale, found_inf, grad_norm};
+  const LowPrecision low{companions, rounding_keys};
   check_update(u);
   check_keys(u, keys);
+  check_low_precision(u, low);
   const std::vector<Scalars> scalars = begin_step(u);
-  std::vector<Stream> streams;
-  for (size_t i = 0; i < scalars.size(); ++i) streams.push_back(make_stream(keys[i], scalars[i].t, kGradientMask));
-  run(u, scalars, loops().adamw_bernoulli, [&](size_t i, Parameter& p) { p.stream = &streams[i]; });
+  const std::vector<Stream> streams = make_streams(scalars, keys, kGradientMask);
+  run(u, low, scalars, loops().adamw_bernoulli, [&](size_t i, Parameter& p) { p.stream = &streams[i]; });
 }
 
 void adamw_masked_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
@@ -80,23 +99,25 @@ void adamw_masked_(const Tensors& params, const Tensors& grads, const Tensors& e
   const UpdateLists u{params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs, grad_scale, found_inf, grad_norm};
   check_update(u);
   check_mask_words(u, mask_words);
-  run(u, begin_step(u), loops().adamw_masked, [&](size_t i, Parameter& p) {
+  run(u, {{}, {}}, begin_step(u), loops().adamw_masked, [&](size_t i, Parameter& p) {
     if (mask_words[i].numel() != 0) p.mask_words = static_cast<const uint32_t*>(mask_words[i].const_data_ptr());
     p.decay_all = decay_all;
   });
 }
 
-void adamw_compact_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
-                    const Tensors& steps, const Tensor& hyper, const Tensors& indices, const std::vector<int64_t>& keys,
-                    const Tensors& lrs, const MaybeTensor& grad_scale, const MaybeTensor& found_inf,
-                    const MaybeTensor& grad_norm) {
+void adamw_compact_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+                    const Tensors& exp_avg_sqs, const Tensors& steps, const Tensor& hyper, const Tensors& indices,
+                    const std::vector<int64_t>& keys, const Tensors& companions,
+                    const std::vector<int64_t>& rounding_keys, const Tensors& lrs, const MaybeTensor& grad_scale,
+                    const MaybeTensor& found_inf, const MaybeTensor& grad_norm) {
   const UpdateLists u{params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs, grad_scale, found_inf, grad_norm};
+  const LowPrecision low{companions, rounding_keys};
   check_update(u, &indices);
   check_keys(u, keys);
+  check_low_precision(u, low);
   const std::vector<Scalars> scalars = begin_step(u);
-  std::vector<Stream> streams;
-  for (size_t i = 0; i < scalars.size(); ++i) streams.push_back(make_stream(keys[i], scalars[i].t, kGradientMask));
-  run(u, scalars, loops().adamw_compact, [&](size_t i, Parameter& p) {
+  const std::vector<Stream> streams = make_streams(scalars, keys, kGradientMask);
+  run(u, low, scalars, loops().adamw_compact, [&](size_t i, Parameter& p) {
     p.stream = u.hyper_row(i).reserve_p < 1 ? &streams[i] : nullptr;
     p.indices = is_whole(u, indices, i) ? nullptr : static_cast<const int32_t*>(indices[i].const_data_ptr());
     p.grad_packed = is_packed(u, i);

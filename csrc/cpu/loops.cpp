@@ -6,6 +6,7 @@
 
 #include "../adamw.h"
 #include "../bitmask.h"
+#include "../rounding.h"
 
 namespace childtune::portable {
 

@@ -30,6 +30,9 @@ struct Parameter {
   void* exp_avg_sq;
   torch::headeronly::ScalarType weight_dtype, moment_dtype;
   const Scalars* scalars;
+  void* master;            // fp32, of a 16-bit weight; or null
+  void* compensation;      // of the weight's dtype; or null
+  const Stream* rounding;  // of 16-bit weights, stochastically; or null: to nearest
   const Stream* stream;        // adamw_bernoulli_; adamw_compact_, null where every gradient is kept
   const uint32_t* mask_words;  // adamw_masked_; null where the whole tensor is in the child
   bool decay_all;              // adamw_masked_

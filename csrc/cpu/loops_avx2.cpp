@@ -8,6 +8,7 @@
 
 #include "../adamw.h"
 #include "../bitmask.h"
+#include "../rounding.h"
 
 namespace childtune::avx2 {
 

@@ -10,6 +10,7 @@
 
 #include "../adamw.h"
 #include "../bitmask.h"
+#include "../rounding.h"
 
 namespace childtune::avx512 {
 

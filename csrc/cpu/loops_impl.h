@@ -67,13 +67,52 @@ void store(const float* buffer, void* data, ScalarType dtype, int64_t start, int
   if (dtype == ScalarType::Half) narrow(buffer, static_cast<c10::Half*>(data) + start, n);
 }
 
+// n weights as fp32, wherever their bits are.
+C10_ALWAYS_INLINE float* load_weights(const Parameter& p, int64_t start, int n, float* buffer) {
+  if (p.master) return static_cast<float*>(p.master) + start;
+  float* param = load(p.param, p.weight_dtype, start, n, buffer);
+  if (p.compensation) {
+    alignas(64) float lacking[kBlock];
+    load(p.compensation, p.weight_dtype, start, n, lacking);
+#pragma omp simd
+    for (int i = 0; i < n; ++i) param[i] += lacking[i];
+  }
+  return param;
+}
+
+// Rounds n fp32 weights to 16 bit; `start` is where their companions are. words: null, or 32 random bits a weight.
+template <typename T>
+C10_ALWAYS_INLINE void round_weights(
+    const Parameter& p, const float* param, int64_t start, int n, const uint32_t* words, T* rounded) {
+  if (words) {
+    for (int i = 0; i < n; ++i) round_stochastically(param[i], words[i], rounded[i]);
+  } else {
+    narrow(param, rounded, n);
+  }
+  if (p.compensation) {
+    T* lacking = static_cast<T*>(p.compensation) + start;
+    for (int i = 0; i < n; ++i) lacking[i] = left_over(param[i], rounded[i]);
+  }
+}
+
+// The counterpart of load_weights; fp32 weights were updated in place.
+C10_ALWAYS_INLINE void store_weights(const Parameter& p, const float* param, int64_t start, int n) {
+  alignas(64) uint32_t drawn[kBlock];
+  const uint32_t* words = p.rounding ? drawn : nullptr;
+  if (words) draw_words(drawn, n, static_cast<uint64_t>(start) / 4, *p.rounding);
+  if (p.weight_dtype == ScalarType::BFloat16)
+    round_weights(p, param, start, n, words, static_cast<c10::BFloat16*>(p.param) + start);
+  if (p.weight_dtype == ScalarType::Half)
+    round_weights(p, param, start, n, words, static_cast<c10::Half*>(p.param) + start);
+}
+
 // Inlined, so that every full block has a constant n and its loops unroll.
 template <Mask kMask>
 C10_ALWAYS_INLINE void update_block(const Parameter& p, const Scalars& s, int64_t start, int n) {
   alignas(64) float buffers[4][kBlock];
   alignas(64) uint32_t words[kBlock];
   const float* grad = load(const_cast<void*>(p.grad), p.weight_dtype, start, n, buffers[0]);
-  float* param = load(p.param, p.weight_dtype, start, n, buffers[1]);
+  float* param = load_weights(p, start, n, buffers[1]);
   float* exp_avg = load(p.exp_avg, p.moment_dtype, start, n, buffers[2]);
   float* exp_avg_sq = load(p.exp_avg_sq, p.moment_dtype, start, n, buffers[3]);
   if constexpr (kMask == Mask::kBernoulli) draw_words(words, n, static_cast<uint64_t>(start) / 4, *p.stream);
@@ -98,7 +137,7 @@ C10_ALWAYS_INLINE void update_block(const Parameter& p, const Scalars& s, int64_
     exp_avg_sq[i] = v;
   }
 
-  store(param, p.param, p.weight_dtype, start, n);
+  store_weights(p, param, start, n);
   store(exp_avg, p.exp_avg, p.moment_dtype, start, n);
   store(exp_avg_sq, p.exp_avg_sq, p.moment_dtype, start, n);
 }
@@ -137,45 +176,57 @@ void gather(const void* data, ScalarType dtype, const int32_t* indices, int n, f
   gather(static_cast<const c10::Half*>(data), indices, n, buffer);
 }
 
+// Rounds n weights of the child, and puts each where it belongs.
 template <typename T>
-void scatter(const float* buffer, const int32_t* indices, int n, T* values) {
-  for (int i = 0; i < n; ++i) values[indices[i]] = static_cast<T>(buffer[i]);
+void scatter(const Parameter& p, const float* param, int64_t start, int n) {
+  alignas(64) T rounded[kBlock];
+  alignas(64) uint32_t words[kBlock];
+  const int32_t* indices = p.indices + start;
+  if (p.rounding) {
+    for (int i = 0; i < n; ++i) words[i] = draw_word(indices[i], *p.rounding);
+  }
+  round_weights(p, param, start, n, p.rounding ? words : nullptr, rounded);
+  for (int i = 0; i < n; ++i) static_cast<T*>(p.param)[indices[i]] = rounded[i];
 }
 
-void scatter(const float* buffer, ScalarType dtype, const int32_t* indices, int n, void* data) {
-  if (dtype == ScalarType::Float) return scatter(buffer, indices, n, static_cast<float*>(data));
-  if (dtype == ScalarType::BFloat16) return scatter(buffer, indices, n, static_cast<c10::BFloat16*>(data));
-  scatter(buffer, indices, n, static_cast<c10::Half*>(data));
+float* gather_weights(const Parameter& p, int64_t start, int n, float* buffer) {
+  if (p.master) return static_cast<float*>(p.master) + start;
+  gather(p.param, p.weight_dtype, p.indices + start, n, buffer);
+  if (p.compensation) {
+    alignas(64) float lacking[kBlock];
+    load(p.compensation, p.weight_dtype, start, n, lacking);
+    for (int i = 0; i < n; ++i) buffer[i] += lacking[i];
+  }
+  return buffer;
 }
 
-// A block of the child: moments lie packed, weights and full gradients are gathered by index.
+void scatter_weights(const Parameter& p, const float* param, int64_t start, int n) {
+  if (p.weight_dtype == ScalarType::BFloat16) return scatter<c10::BFloat16>(p, param, start, n);
+  if (p.weight_dtype == ScalarType::Half) return scatter<c10::Half>(p, param, start, n);
+  for (int i = 0; i < n; ++i) static_cast<float*>(p.param)[p.indices[start + i]] = param[i];
+}
+
+// A block of the child: moments and companions lie packed, weights and full gradients are gathered by index.
 void update_compact_block(const Parameter& p, const Scalars& s, int64_t start, int n) {
   alignas(64) float buffers[4][kBlock];
   const int32_t* indices = p.indices + start;
-  float* param = buffers[1];
-  gather(p.param, p.weight_dtype, indices, n, param);
-  const float* grad = buffers[0];
+  const float* stored = buffers[0];
   if (p.grad_packed) {
-    grad = load(const_cast<void*>(p.grad), p.weight_dtype, start, n, buffers[0]);
+    stored = load(const_cast<void*>(p.grad), p.weight_dtype, start, n, buffers[0]);
   } else {
     gather(p.grad, p.weight_dtype, indices, n, buffers[0]);
   }
+  alignas(64) float grad[kBlock];
+  for (int i = 0; i < n; ++i) grad[i] = stored[i] * s.grad_multiplier;
+  if (p.stream) {
+    for (int i = 0; i < n; ++i) grad[i] = reserve_gradient(grad[i], draw_word(indices[i], *p.stream), s);
+  }
+  float* param = gather_weights(p, start, n, buffers[1]);
   float* exp_avg = load(p.exp_avg, p.moment_dtype, start, n, buffers[2]);
   float* exp_avg_sq = load(p.exp_avg_sq, p.moment_dtype, start, n, buffers[3]);
-  if (p.stream) {
-    alignas(64) float scaled[kBlock];
-    for (int i = 0; i < n; ++i) {
-      uint32_t words[4];
-      draw_quad(static_cast<uint64_t>(indices[i]) / 4, *p.stream, words);
-      scaled[i] = reserve_gradient(grad[i] * s.grad_multiplier, words[indices[i] % 4], s);
-    }
-    for (int i = 0; i < n; ++i) update_weight(scaled[i], param[i], exp_avg[i], exp_avg_sq[i], s);
-  } else {
 #pragma omp simd
-    for (int i = 0; i < n; ++i)
-      update_weight(grad[i] * s.grad_multiplier, param[i], exp_avg[i], exp_avg_sq[i], s);
-  }
-  scatter(param, p.weight_dtype, indices, n, p.param);
+  for (int i = 0; i < n; ++i) update_weight(grad[i], param[i], exp_avg[i], exp_avg_sq[i], s);
+  scatter_weights(p, param, start, n);
   store(exp_avg, p.exp_avg, p.moment_dtype, start, n);
   store(exp_avg_sq, p.exp_avg_sq, p.moment_dtype, start, n);
 }

@@ -27,10 +27,13 @@ struct UpdateRecord {
     const uint32_t* mask_words;  // kChild
     const int32_t* indices;      // kCompact
   };
-  int64_t numel;  // of the moments
+  void* companion;        // of 16-bit weights: the fp32 master or, in the weight's dtype, the compensation; or null
+  int64_t rounding_key;   // where `stochastic`
+  int64_t numel;          // of the moments
   unsigned first_block;
   bool grad_aligned, state_aligned;  // state: param, exp_avg and exp_avg_sq
   bool draws, grad_packed;           // kCompact: F's mask is drawn; gradients lie like moments
+  bool is_master, stochastic;        // what the companion is; 16-bit weights are rounded stochastically
 };
 
 struct GradientState {
@@ -54,6 +57,39 @@ __device__ uint32_t child_bits(const uint32_t* mask_words, int64_t start) {
   return mask_words ? mask_words[start / kWordBits] >> (start % kWordBits) & 0xFu : 0xFu;
 }
 
+// Replaces weights as stored by those that they stand for; `start` is where their companions are.
+template <typename Weight>
+__device__ void add_companions(const UpdateRecord& r, int64_t start, int n, float (&param)[kGroup]) {
+  if (!r.companion) return;
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) {
+    if (j >= n) break;
+    param[j] = r.is_master ? static_cast<const float*>(r.companion)[start + j]
+                           : param[j] + static_cast<float>(static_cast<const Weight*>(r.companion)[start + j]);
+  }
+}
+
+// Rounds weights to their dtype, and keeps what that loses where there is a companion.
+template <typename Weight>
+__device__ void round_weights(const UpdateRecord& r, const float (&param)[kGroup], int64_t start, int n,
+                              const uint32_t (&words)[kGroup], Weight (&rounded)[kGroup]) {
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) {
+    rounded[j] = static_cast<Weight>(param[j]);
+    if (r.stochastic) round_stochastically(param[j], words[j], rounded[j]);
+  }
+  if (!r.companion) return;
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) {
+    if (j >= n) break;
+    if (r.is_master) {
+      static_cast<float*>(r.companion)[start + j] = param[j];
+    } else {
+      static_cast<Weight*>(r.companion)[start + j] = left_over(param[j], rounded[j]);
+    }
+  }
+}
+
 template <Mask kMask, typename Weight, typename Moment>
 __device__ void update_group(const UpdateRecord& r, const Scalars& s, int64_t start, bool decay_all) {
   const int n = r.numel - start < kGroup ? static_cast<int>(r.numel - start) : kGroup;
@@ -68,6 +104,7 @@ __device__ void update_group(const UpdateRecord& r, const Scalars& s, int64_t st
     if (child == 0 && !decay_all) return;  // no memory of the group is touched
   }
   load_group(params, start, n, r.state_aligned, param);
+  add_companions<Weight>(r, start, n, param);
   if (child != 0) {
     load_group(static_cast<const Weight*>(r.grad), start, n, r.grad_aligned, grad);
     load_group(exp_avgs, start, n, r.state_aligned, exp_avg);
@@ -89,14 +126,19 @@ __device__ void update_group(const UpdateRecord& r, const Scalars& s, int64_t st
     }
   }
 
-  store_group(param, params, start, n, r.state_aligned);
+  if (r.stochastic) {
+    draw_quad(static_cast<uint64_t>(start) / 4, make_stream(r.rounding_key, s.t, kStochasticRounding), words);
+  }
+  Weight rounded[kGroup];
+  round_weights(r, param, start, n, words, rounded);
+  store_group(rounded, params, start, n, r.state_aligned);
   if (child != 0) {
     store_group(exp_avg, exp_avgs, start, n, r.state_aligned);
     store_group(exp_avg_sq, exp_avg_sqs, start, n, r.state_aligned);
   }
 }
 
-// A group of the child: moments lie packed, weights and full gradients are gathered by index.
+// A group of the child: moments and companions lie packed, weights and full gradients are gathered by index.
 template <typename Weight, typename Moment>
 __device__ void update_compact_group(const UpdateRecord& r, const Scalars& s, int64_t start) {
   const int n = r.numel - start < kGroup ? static_cast<int>(r.numel - start) : kGroup;
@@ -104,11 +146,15 @@ __device__ void update_compact_group(const UpdateRecord& r, const Scalars& s, in
   const auto* const grads = static_cast<const Weight*>(r.grad);
   auto* const exp_avgs = static_cast<Moment*>(r.exp_avg);
   auto* const exp_avg_sqs = static_cast<Moment*>(r.exp_avg_sq);
-  float grad[kGroup], exp_avg[kGroup], exp_avg_sq[kGroup];
+  float grad[kGroup], param[kGroup], exp_avg[kGroup], exp_avg_sq[kGroup];
   int32_t index[kGroup];
+  uint32_t words[kGroup] = {};
 
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) index[j] = r.indices[start + (j < n ? j : 0)];
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) param[j] = static_cast<float>(params[index[j]]);
+  add_companions<Weight>(r, start, n, param);
   if (r.grad_packed) {
     load_group(grads, start, n, r.grad_aligned, grad);
   } else {
@@ -120,14 +166,15 @@ __device__ void update_compact_group(const UpdateRecord& r, const Scalars& s, in
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) {
     float g = grad[j] * s.grad_multiplier;
-    if (r.draws) {
-      uint32_t words[4];
-      draw_quad(static_cast<uint64_t>(index[j]) / 4, make_stream(r.key, s.t, kGradientMask), words);
-      g = reserve_gradient(g, words[index[j] % 4], s);
-    }
-    float param = static_cast<float>(params[index[j]]);
-    update_weight(g, param, exp_avg[j], exp_avg_sq[j], s);
-    if (j < n) params[index[j]] = static_cast<Weight>(param);
+    if (r.draws) g = reserve_gradient(g, draw_word(index[j], make_stream(r.key, s.t, kGradientMask)), s);
+    update_weight(g, param[j], exp_avg[j], exp_avg_sq[j], s);
+    if (r.stochastic) words[j] = draw_word(index[j], make_stream(r.rounding_key, s.t, kStochasticRounding));
+  }
+  Weight rounded[kGroup];
+  round_weights(r, param, start, n, words, rounded);
+#pragma unroll
+  for (int j = 0; j < kGroup; ++j) {
+    if (j < n) params[index[j]] = rounded[j];
   }
   store_group(exp_avg, exp_avgs, start, n, r.state_aligned);
   store_group(exp_avg_sq, exp_avg_sqs, start, n, r.state_aligned);
@@ -191,7 +238,7 @@ UpdateRecord make_record(const UpdateLists& u, size_t i, const Scalars* scalars)
 
 // `complete(i, record)` adds what is particular to one op. A list may mix dtypes: one launch for each pair present.
 template <Mask kMask, typename Complete>
-void run(const UpdateLists& u, bool decay_all, const Complete& complete) {
+void run(const UpdateLists& u, const LowPrecision& low, bool decay_all, const Complete& complete) {
   if (u.params.empty()) return;
   const torch::stable::accelerator::DeviceGuard guard(u.params[0].get_device_index());
   const cudaStream_t stream = current_stream(u.params[0]);
@@ -208,7 +255,12 @@ void run(const UpdateLists& u, bool decay_all, const Complete& complete) {
       for (size_t i = 0; i < u.params.size(); ++i) {
         if (u.params[i].scalar_type() != weight_dtype || u.exp_avgs[i].scalar_type() != moment_dtype) continue;
         records.push_back(make_record(u, i, scalars));
-        complete(i, records.back());
+        UpdateRecord& record = records.back();
+        if (low.has_companion(i)) record.companion = low.companions[i].mutable_data_ptr();
+        record.is_master = low.is_master(i);
+        record.stochastic = low.is_stochastic(u, i);
+        if (record.stochastic) record.rounding_key = low.rounding_keys[i];
+        complete(i, record);
       }
       dispatch_weights(weight_dtype, [&](auto weight) {
         dispatch_weights(moment_dtype, [&](auto moment) {
@@ -225,20 +277,27 @@ void run(const UpdateLists& u, bool decay_all, const Complete& complete) {
 }  // namespace
 
 void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
-            const Tensors& steps, const Tensor& hyper, const Tensors& lrs, const MaybeTensor& grad_scale,
+            const Tensors& steps, const Tensor& hyper, const Tensors& companions,
+            const std::vector<int64_t>& rounding_keys, const Tensors& lrs, const MaybeTensor& grad_scale,
             const MaybeTensor& found_inf, const MaybeTensor& grad_norm) {
   const UpdateLists u{params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs, grad_scale, found_inf, grad_norm};
+  const LowPrecision low{companions, rounding_keys};
   check_update(u);
-  run<Mask::kNone>(u, false, [](size_t, UpdateRecord&) {});
+  check_low_precision(u, low);
+  run<Mask::kNone>(u, low, false, [](size_t, UpdateRecord&) {});
 }
 
-void adamw_bernoulli_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
-                      const Tensors& steps, const Tensor& hyper, const std::vector<int64_t>& keys, const Tensors& lrs,
-                      const MaybeTensor& grad_scale, const MaybeTensor& found_inf, const MaybeTensor& grad_norm) {
+void adamw_bernoulli_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+                      const Tensors& exp_avg_sqs, const Tensors& steps, const Tensor& hyper,
+                      const std::vector<int64_t>& keys, const Tensors& companions,
+                      const std::vector<int64_t>& rounding_keys, const Tensors& lrs, const MaybeTensor& grad_scale,
+                      const MaybeTensor& found_inf, const MaybeTensor& grad_norm) {
   const UpdateLists u{params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs, grad_scale, found_inf, grad_norm};
+  const LowPrecision low{companions, rounding_keys};
   check_update(u);
   check_keys(u, keys);
-  run<Mask::kBernoulli>(u, false, [&](size_t i, UpdateRecord& r) { r.key = keys[i]; });
+  check_low_precision(u, low);
+  run<Mask::kBernoulli>(u, low, false, [&](size_t i, UpdateRecord& r) { r.key = keys[i]; });
 }
 
 void adamw_masked_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
@@ -248,19 +307,22 @@ void adamw_masked_(const Tensors& params, const Tensors& grads, const Tensors& e
   const UpdateLists u{params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs, grad_scale, found_inf, grad_norm};
   check_update(u);
   check_mask_words(u, mask_words);
-  run<Mask::kChild>(u, decay_all, [&](size_t i, UpdateRecord& r) {
+  run<Mask::kChild>(u, {{}, {}}, decay_all, [&](size_t i, UpdateRecord& r) {
     if (mask_words[i].numel() != 0) r.mask_words = static_cast<const uint32_t*>(mask_words[i].const_data_ptr());
   });
 }
 
-void adamw_compact_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
-                    const Tensors& steps, const Tensor& hyper, const Tensors& indices, const std::vector<int64_t>& keys,
-                    const Tensors& lrs, const MaybeTensor& grad_scale, const MaybeTensor& found_inf,
-                    const MaybeTensor& grad_norm) {
+void adamw_compact_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+                    const Tensors& exp_avg_sqs, const Tensors& steps, const Tensor& hyper, const Tensors& indices,
+                    const std::vector<int64_t>& keys, const Tensors& companions,
+                    const std::vector<int64_t>& rounding_keys, const Tensors& lrs, const MaybeTensor& grad_scale,
+                    const MaybeTensor& found_inf, const MaybeTensor& grad_norm) {
   const UpdateLists u{params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs, grad_scale, found_inf, grad_norm};
+  const LowPrecision low{companions, rounding_keys};
   check_update(u, &indices);
   check_keys(u, keys);
-  run<Mask::kCompact>(u, false, [&](size_t i, UpdateRecord& r) {
+  check_low_precision(u, low);
+  run<Mask::kCompact>(u, low, false, [&](size_t i, UpdateRecord& r) {
     r.key = keys[i];
     r.draws = u.hyper_row(i).reserve_p < 1;
     r.grad_packed = is_packed(u, i);

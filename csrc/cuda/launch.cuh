@@ -97,8 +97,8 @@ __device__ void load_group(const T* data, int64_t start, int n, bool aligned, fl
   }
 }
 
-template <typename T>
-__device__ void store_group(const float (&values)[kGroup], T* data, int64_t start, int n, bool aligned) {
+template <typename Value, typename T>
+__device__ void store_group(const Value (&values)[kGroup], T* data, int64_t start, int n, bool aligned) {
   if (aligned && n == kGroup) {
     Group<T> group;
     for (int j = 0; j < kGroup; ++j) group.values[j] = static_cast<T>(values[j]);

@@ -1,0 +1,75 @@
+"""How a 16-bit weight stands for an fp32 one, and plain conversions that Triton's interpreter gets wrong.
+
+The rules are those of `reference`: a master, a compensation, stochastic rounding, or none of these.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# What lies beside the weights of a launch: COMPENSATION of their dtype, or an fp32 MASTER.
+NO_COMPANION, COMPENSATION, MASTER = map(tl.constexpr, range(3))
+_MIN_NORMAL_HALF = tl.constexpr(2.0**-14)
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """Round fp32 to DTYPE, to nearest even. Triton's interpreter would truncate to bfloat16."""
+    if INTERPRET and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        half = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+        half = tl.where(x == x, half, 0x7FC0).to(tl.uint16)  # a NaN must not round up to infinity
+        return half.to(tl.bfloat16, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def widened(x, INTERPRET: tl.constexpr):
+    """Widen to fp32. Triton's interpreter gets bfloat16 subnormals wrong."""
+    if INTERPRET and x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def rounded_stochastically(x, words, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """Round fp32 to DTYPE, up with the probability of the distance; see `reference.round_stochastically`."""
+    CUT: tl.constexpr = 16 if DTYPE == tl.bfloat16 else 13
+    sign = x.to(tl.uint32, bitcast=True) & 0x80000000
+    magnitude = (x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF).to(tl.float32, bitcast=True)
+    shift = tl.where((magnitude < _MIN_NORMAL_HALF) & (DTYPE == tl.float16), _MIN_NORMAL_HALF, 0.0)
+    bits = ((magnitude + shift).to(tl.uint32, bitcast=True) + (words >> (32 - CUT))) >> CUT << CUT
+    result = bits.to(tl.float32, bitcast=True) - shift
+    result = (result.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    finite = (x.to(tl.uint32, bitcast=True) & 0x7F800000) != 0x7F800000
+    return rounded(tl.where(finite, result, x), DTYPE, INTERPRET)
+
+
+@triton.jit
+def load_weights(param_ptr, companion_ptr, inside, COMPANION: tl.constexpr, INTERPRET: tl.constexpr):
+    """Return the fp32 weights, wherever their bits are."""
+    if COMPANION == MASTER:
+        return tl.load(companion_ptr, mask=inside)
+    param = widened(tl.load(param_ptr, mask=inside), INTERPRET)
+    if COMPANION == COMPENSATION:
+        param = param + widened(tl.load(companion_ptr, mask=inside), INTERPRET)
+    return param
+
+
+@triton.jit
+def store_weights(
+    param, param_ptr, companion_ptr, words, inside,
+    COMPANION: tl.constexpr, STOCHASTIC: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Round fp32 weights into their tensor, and what that loses into their companion."""
+    DTYPE: tl.constexpr = param_ptr.dtype.element_ty
+    if STOCHASTIC:
+        tl.store(param_ptr, rounded_stochastically(param, words, DTYPE, INTERPRET), mask=inside)
+    else:
+        near = rounded(param, DTYPE, INTERPRET)
+        tl.store(param_ptr, near, mask=inside)
+        if COMPANION == MASTER:
+            tl.store(companion_ptr, param, mask=inside)
+        elif COMPANION == COMPENSATION:
+            tl.store(companion_ptr, rounded(param - widened(near, INTERPRET), DTYPE, INTERPRET), mask=inside)

@@ -1,0 +1,60 @@
+// How a weight of fewer bits stands for an fp32 one: the rules of childtune_kernels/ops/reference.py.
+#pragma once
+
+#include <cstring>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "philox.h"
+
+namespace childtune {
+
+constexpr uint32_t kStochasticRounding = 1;  // the stream's domain of these random words
+constexpr float kMinNormalHalf = 0x1p-14f;
+
+CHILDTUNE_INLINE uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+CHILDTUNE_INLINE float float_of(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+// x, of at least kCut spare bits, to a multiple of its unit without them: up with the probability of the distance.
+template <int kCut>
+CHILDTUNE_INLINE uint32_t cut_stochastically(float x, uint32_t word) {
+  return (bits_of(x) + (word >> (32 - kCut))) >> kCut << kCut;
+}
+
+CHILDTUNE_INLINE bool is_finite(float x) { return (bits_of(x) & 0x7F800000u) != 0x7F800000u; }
+
+CHILDTUNE_INLINE void round_stochastically(float x, uint32_t word, float& result) { result = x; }
+
+CHILDTUNE_INLINE void round_stochastically(float x, uint32_t word, c10::BFloat16& result) {
+  if (is_finite(x)) x = float_of(cut_stochastically<16>(x, word));
+  result = static_cast<c10::BFloat16>(x);
+}
+
+// Below the smallest normal number the last bit has a fixed weight: there the magnitude is moved up meanwhile.
+CHILDTUNE_INLINE void round_stochastically(float x, uint32_t word, c10::Half& result) {
+  if (is_finite(x)) {
+    const float magnitude = float_of(bits_of(x) & 0x7FFFFFFFu);
+    const float shift = magnitude < kMinNormalHalf ? kMinNormalHalf : 0.0f;
+    const float rounded = float_of(cut_stochastically<13>(magnitude + shift, word)) - shift;
+    x = float_of(bits_of(rounded) | (bits_of(x) & 0x80000000u));
+  }
+  result = static_cast<c10::Half>(x);
+}
+
+// What rounding left over.
+template <typename T>
+CHILDTUNE_INLINE T left_over(float x, T rounded) {
+  return static_cast<T>(x - static_cast<float>(rounded));
+}
+
+}  // namespace childtune
