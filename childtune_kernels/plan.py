@@ -91,9 +91,7 @@ class Plan:
                 checks.check_packed_gradient(f"parameter {name!r}", grad, param, optimizer.layout.shape(name, param))
                 rows.setdefault(param.device, []).append((param, name, group))
         self.batches = [_Batch(optimizer, device, members) for device, members in rows.items()]
-        optimizer.init_state(
-            [(p, name) for batch in self.batches for p, name in zip(batch.params, batch.names, strict=True)]
-        )
+        optimizer.init_state([(p, name) for members in rows.values() for p, name, _ in members])
         for batch in self.batches:
             batch.take_state(optimizer)
             batch.fits()
