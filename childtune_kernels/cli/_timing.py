@@ -72,15 +72,20 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / (times.get("device", times["step"]) / 1e3)
 
 
-def count_launches(step, device: torch.device) -> int | None:
-    """Return how many kernels one step launches (copies not counted), or None on a CPU."""
+def kernels_of(step, device: torch.device, steps: int = 10) -> dict[str, float]:
+    """Return how many kernels one step launches, copies not counted, and the milliseconds that they run; {} on a CPU.
+
+    Kernels that take less time than their launch leave gaps between each other. ``busy`` does not count these.
+    """
     if device.type != "cuda":
-        return None
+        return {}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
+        for _ in range(steps):
+            step()
         torch.cuda.synchronize(device)
-    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in kernels)
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    busy = [event.time_range.elapsed_us() for event in events if not event.name.startswith(("Memcpy", "Memset"))]
+    return {"launches": len(busy) // steps, "busy": sum(busy) / steps / 1e3}
 
 
 def extra_memory(step, device: torch.device) -> int | None:

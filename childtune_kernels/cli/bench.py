@@ -98,7 +98,7 @@ def _measure(rule: str, factory, shapes, device: torch.device, dtype: torch.dtyp
         for p in optimizer.hooks.hooks:  # what the hooks do in a backward pass
             optimizer.hooks.receive(p)
     result = _timing.time_steps(optimizer.step, device, repeats)
-    result["launches"] = _timing.count_launches(optimizer.step, device)
+    result |= _timing.kernels_of(optimizer.step, device)
     result["extra_bytes"] = _timing.extra_memory(optimizer.step, device)
     if isinstance(optimizer, ChildAdamW):
         result["recompilations"] = _timing.count_recompilations(optimizer.step, device)
@@ -147,10 +147,12 @@ def summary(report: dict) -> dict[str, dict]:
     rows = {}
     for name, rounds in report["rows"].items():
         row = {
-            k: statistics.median(r[k] for r in rounds) for k in ("step", "host", "device", "bytes") if k in rounds[0]
+            k: statistics.median(r[k] for r in rounds)
+            for k in ("step", "host", "device", "busy", "bytes")
+            if k in rounds[0]
         }
         row["least"], row["most"] = min(r["step"] for r in rounds), max(r["step"] for r in rounds)
-        row["launches"] = rounds[0]["launches"]
+        row["launches"] = rounds[0].get("launches")
         if "bytes" in row:
             row["share"] = row["bytes"] / (row.get("device", row["step"]) / 1e3) / bandwidth
         rows[name] = row
@@ -164,14 +166,14 @@ def table(report: dict) -> str:
     lines = [
         f"{report['model']}: {report['tensors']} tensors, {millions:.1f} M weights, {report['dtype']}",
         f"{where}; copy bandwidth {bandwidth:.0f} GB/s; {len(report['copy_bandwidth'])} rounds",
-        f"{'':36} {'step ms':>9} {'spread':>15} {'host ms':>8} {'device ms':>9} {'of copy':>7} {'launches':>8}",
+        f"{'':36} {'step ms':>9} {'spread':>15} {'host ms':>8} {'device ms':>9} {'busy ms':>8} {'of copy':>7} {'launches':>8}",
     ]
     for name, row in summary(report).items():
         spread = f"{row['least']:7.3f}-{row['most']:7.3f}"
-        host, device = row.get("host", math.nan), row.get("device", math.nan)
+        host, device, busy = (row.get(key, math.nan) for key in ("host", "device", "busy"))
         share = f"{row['share']:7.3f}" if "share" in row else " " * 7
         lines.append(
-            f"{name:36} {row['step']:9.3f} {spread} {host:8.3f} {device:9.3f} {share} {row['launches'] or '':>8}"
+            f"{name:36} {row['step']:9.3f} {spread} {host:8.3f} {device:9.3f} {busy:8.3f} {share} {row['launches'] or '':>8}"
         )
     return "\n".join(lines)
 
