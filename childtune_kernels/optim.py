@@ -14,6 +14,7 @@ from .child import Packing, thawed
 from .exchange import add_children, read_state, without_children
 from .hooks import GradientHooks, PackedGradients, StepInBackward
 from .mask import ChildMask
+from .memory import Memory, measure
 from .ops import checks
 from .ops.checks import require
 from .plan import SAMPLED_CHILD, Plan, check_group
@@ -226,6 +227,10 @@ class ChildAdamW(torch.optim.Optimizer):
             share = child / weights if weights else 0.0
             lines.append(f"{index:>5} {len(own):>8} {weights:>14,} {child:>14,} {share:>7.2%}  {rule}")
         return "\n".join([*lines, f"{self.dialect} dialect, moments {self.state_dtype}, implementation: {self.impl}"])
+
+    def memory(self) -> Memory:
+        """Return the bytes that weights, gradients and state take now, by kind; `memory.predict` says it beforehand."""
+        return measure(self)
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ CALL = ["bench", "--device", "cpu", "--model", "bert-layer", "--rounds", "2", "-
 
 def test_a_run_records_where_what_and_the_spread(tmp_path):
     path = tmp_path / "results" / "run.json"
-    assert main([*CALL, "--only", "ours", "torch AdamW fused", "--json", str(path)]) == 0
+    assert main([*CALL, "--only", "ours", "torch AdamW fused", "--skip", "p=0.3", "--json", str(path)]) == 0
     report = json.loads(path.read_text())
     assert report["parameters"] == sum(torch.Size(shape).numel() for shape in _shapes.bert_layer())
     assert {"torch", "triton", "device", "python"} <= report["machine"].keys()
@@ -26,7 +26,12 @@ def test_a_run_records_where_what_and_the_spread(tmp_path):
     best = next(impl for impl in ("csrc", "reference") if ops.unavailable(impl, "cpu") is None)
     assert list(report["rows"]) == [
         "torch AdamW fused",
-        *(f"ours ({best}), {rule}" for rule in ("no mask", "F p=0.3", "D p=0.1")),
+        f"ours ({best}), no mask",
+        *(
+            f"ours ({best}), D p=0.1{where}{what}"
+            for where in ("", ", clustered")
+            for what in ("", ", packed gradient", ", dense state")
+        ),
     ]
     for name, row in bench.summary(report).items():
         assert 0 < row["least"] <= row["step"] <= row["most"]
@@ -42,9 +47,9 @@ def test_an_implementation_that_differs_is_refused(monkeypatch, capsys):
     honest = ops.implementation("reference", "cpu").adamw_bernoulli_
 
     def forgets_its_last_tensor(*lists):
-        *lists, lrs, grad_scale, found_inf, grad_norm = lists
+        *lists, companions, rounding_keys, lrs, grad_scale, found_inf, grad_norm = lists
         cut = [values[:-1] for values in lists]
-        honest(*cut, lrs, grad_scale, found_inf, grad_norm)
+        honest(*cut, companions, rounding_keys, lrs, grad_scale, found_inf, grad_norm)
 
     broken = type(ops.implementation("reference", "cpu"))(
         **{**vars(ops.implementation("reference", "cpu")), "adamw_bernoulli_": forgets_its_last_tensor}

@@ -22,7 +22,7 @@ FLOORS = [
     {"fisher", "delta", "distributed"},
     {"child"},
     {"state"},
-    {"plan", "exchange"},
+    {"plan", "exchange", "memory"},
     {"hooks"},
     {"optim"},
     {"baselines", "hf"},

@@ -110,7 +110,7 @@ def test_the_threshold_is_exact_everywhere(element, place):
         hyper = torch.tensor([hyper_row(p=p, beta1=0.0)], dtype=torch.float64)
         step = torch.zeros((), device=device)
         place.kernels.adamw_bernoulli_(
-            [weight], [torch.ones_like(weight)], [moment], [square], [step], hyper, [key], []
+            [weight], [torch.ones_like(weight)], [moment], [square], [step], hyper, [key], [], [], []
         )
         assert (moment[element].item() != 0) is kept
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": "compare vanilla AdamW with Child-Tuning on real images with few labels, in minutes on a CPU",
     "doctor": "say which implementations work here, and check them against the reference",
     "bench": "measure the optimizer step",
+    "plan": "say how much memory a model takes to train, by method",
     "fisher": "choose the child network of a Hugging Face checkpoint for a task, by exact Fisher information",
     "overlap": "say how much child networks have in common, from their files",
 }

@@ -166,14 +166,16 @@ def table(report: dict) -> str:
     lines = [
         f"{report['model']}: {report['tensors']} tensors, {millions:.1f} M weights, {report['dtype']}",
         f"{where}; copy bandwidth {bandwidth:.0f} GB/s; {len(report['copy_bandwidth'])} rounds",
-        f"{'':36} {'step ms':>9} {'spread':>15} {'host ms':>8} {'device ms':>9} {'busy ms':>8} {'of copy':>7} {'launches':>8}",
+        f"{'':50} {'step ms':>9} {'spread':>15} {'host ms':>8} {'device ms':>9} {'busy ms':>8} "
+        f"{'of copy':>7} {'launches':>8}",
     ]
     for name, row in summary(report).items():
         spread = f"{row['least']:7.3f}-{row['most']:7.3f}"
         host, device, busy = (row.get(key, math.nan) for key in ("host", "device", "busy"))
         share = f"{row['share']:7.3f}" if "share" in row else " " * 7
         lines.append(
-            f"{name:36} {row['step']:9.3f} {spread} {host:8.3f} {device:9.3f} {busy:8.3f} {share} {row['launches'] or '':>8}"
+            f"{name:50} {row['step']:9.3f} {spread} {host:8.3f} {device:9.3f} {busy:8.3f} "
+            f"{share} {row['launches'] or '':>8}"
         )
     return "\n".join(lines)
 

@@ -1,0 +1,85 @@
+"""`childtune plan`: the memory that training a model takes, by method, before anything is allocated."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from ..memory import Memory, predict
+from ._shapes import SHAPES
+from ._text import markdown
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KINDS = ("weights", "gradients", "moments", "companions", "indices", "total")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `childtune plan`."""
+    of = parser.add_mutually_exclusive_group(required=True)
+    of.add_argument("--model", choices=SHAPES, help="parameter shapes that this package knows")
+    of.add_argument("--config", type=Path, metavar="FOLDER", help="of a Hugging Face config.json")
+    of.add_argument("--shapes", type=Path, metavar="FILE.json", help="an object: parameter name -> list of sizes")
+    parser.add_argument("--p", type=float, default=0.1, help="the child's share, for D (default: 0.1)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and gradients")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; return 1, with one line of why, where that fails."""
+    try:
+        shapes = shapes_of(args)
+        rows = methods(shapes, args.p, DTYPES[args.dtype])
+    except (OSError, ValueError, ImportError) as error:
+        print(f"childtune plan: {error}", file=sys.stderr)
+        return 1
+    weights = next(iter(rows.values())).parameters
+    print(f"{weights:,} weights in {len(shapes)} tensors, {args.dtype}; bytes a weight, without activations")
+    table = [["", *KINDS, "total, GB"]]
+    for name, memory in rows.items():
+        shares = memory.per_parameter()
+        table.append([name, *(f"{shares[kind]:.2f}" for kind in KINDS), f"{memory.total / 1e9:.1f}"])
+    print("\n".join(markdown(table)))
+    return 0
+
+
+def methods(shapes: dict[str, tuple[int, ...]], p: float, dtype: torch.dtype) -> dict[str, Memory]:
+    """Return what each way to train takes."""
+    low = dtype != torch.float32
+    rows = {"AdamW, fp32 moments": predict(shapes, weight_dtype=dtype)}
+    if low:
+        rows["AdamW, fp32 moments and masters"] = predict(shapes, weight_dtype=dtype, low_precision="master")
+    rows["F"] = predict(shapes, weight_dtype=dtype, low_precision="stochastic")
+    rows["F, fused_backward"] = predict(shapes, weight_dtype=dtype, low_precision="stochastic", fused_backward=True)
+    rows[f"D p={p:g}, state='dense'"] = predict(shapes, weight_dtype=dtype, p=p, state="dense")
+    rows[f"D p={p:g}"] = predict(shapes, weight_dtype=dtype, p=p)
+    rows[f"D p={p:g}, pack_gradients"] = predict(shapes, weight_dtype=dtype, p=p, pack_gradients=True)
+    rows[f"D p={p:g}, fused_backward"] = predict(shapes, weight_dtype=dtype, p=p, fused_backward=True)
+    return rows
+
+
+def shapes_of(args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape, from whichever source was given."""
+    if args.model:
+        return {str(i): shape for i, shape in enumerate(SHAPES[args.model]())}
+    if args.shapes:
+        found = json.loads(args.shapes.read_text())
+        if not isinstance(found, dict) or not found or not all(map(_is_shape, found.values())):
+            raise ValueError(f"{args.shapes} must hold an object of parameter name -> list of sizes")
+        return {name: tuple(shape) for name, shape in found.items()}
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError("--config needs transformers: pip install transformers") from None
+    config = transformers.AutoConfig.from_pretrained(args.config)
+    names = getattr(config, "architectures", None) or ["AutoModel"]
+    build = getattr(transformers, names[0], transformers.AutoModel)
+    with torch.device("meta"):
+        model = build(config) if build is not transformers.AutoModel else build.from_config(config)
+    return {name: tuple(param.shape) for name, param in model.named_parameters()}
+
+
+def _is_shape(value) -> bool:
+    return isinstance(value, list) and all(isinstance(n, int) and n >= 0 for n in value)

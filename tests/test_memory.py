@@ -1,0 +1,106 @@
+"""Memory: what is predicted is what there is."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from cases import MODEL, child_mask, model, optimizer, set_grads, train
+from torch import nn
+
+from childtune_kernels import ChildAdamW, ChildMask
+from childtune_kernels.memory import predict
+
+N = sum(torch.Size(shape).numel() for shape in MODEL.values())
+INSIDE = sum(child_mask().count(n) if n in child_mask() else torch.Size(s).numel() for n, s in MODEL.items())
+COUNTS = {name: child_mask().count(name) for name in child_mask()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("low_precision", ["master", "kahan", "nearest"])
+@pytest.mark.parametrize("kind", ["plain", "F", "D", "D, dense"])
+def test_prediction_equals_measurement(kind, low_precision, dtype):
+    if kind == "D, dense":
+        low_precision = "nearest"
+    named = model(dtype=dtype)
+    opt = optimizer(named, kind, low_precision=low_precision)
+    train(opt, named, [1])
+    options = dict(p=COUNTS, state="dense" if "dense" in kind else "packed") if "D" in kind else {}
+    assert opt.memory() == predict(MODEL, weight_dtype=dtype, low_precision=low_precision, **options)
+
+
+def test_by_hand():
+    memory = predict({"a": (100, 10), "b": (24,)}, p=0.1, weight_dtype=torch.bfloat16)
+    child = 100 + 2
+    assert (memory.parameters, memory.weights, memory.gradients) == (1024, 2048, 2048)
+    assert (memory.moments, memory.companions, memory.indices) == (8 * child + 8, 4 * child, 4 * child)
+    assert memory.mask == 128 and memory.total == 2 * 2048 + 16 * child + 8
+    assert predict({"a": (100, 10), "b": (24,)}).moments == 8 * 1024 + 8
+    assert predict({"a": (100, 10), "b": (24,)}, p=0.1, pack_gradients=True).gradients == 4 * (102 + 1000)
+    assert predict({"a": (100, 10), "b": (24,)}, fused_backward=True).gradients == 4 * 1000
+    assert "1024" not in str(memory) and "total" in str(memory)
+    assert memory.per_parameter()["weights"] == 2
+
+
+def test_a_tenth_of_the_state():
+    """1.2 bytes a weight where AdamW has 8, and the mask's bit, which the CPU holds."""
+    memory = predict({"w": (10_000, 100)}, p=0.1)
+    assert memory.state == 1_200_000 + 4 and memory.mask == 125_000
+
+
+def test_packed_gradients_are_counted():
+    layer = nn.Linear(8, 8, bias=False)
+    opt = ChildAdamW(
+        layer.named_parameters(), mask=ChildMask.from_dense({"weight": torch.eye(8).bool()}), pack_gradients=True
+    )
+    layer(torch.ones(1, 8)).sum().backward()
+    opt.step()
+    memory = opt.memory()
+    assert memory.gradients == 4 * 8 and memory.moments == 2 * 4 * 8 + 4 and memory.indices == 4 * 8
+
+
+def test_before_the_first_step():
+    named = model()
+    opt = optimizer(named, "D")
+    assert opt.memory().moments == opt.memory().gradients == 0
+    set_grads(named, 1)
+    assert opt.memory().gradients == 4 * N
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(state="packed"), "state must be 'dense', or 'packed' with p, got 'packed'"),
+        (dict(p=0.0), r"p must be in \(0, 1\], got 0.0"),
+        (dict(p=0.1, low_precision="x"), "low_precision must be one of"),
+        (dict(pack_gradients=True), "pack_gradients must be False without packed state"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        predict(MODEL, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["plain", "D", "D, packed gradient"])
+def test_the_device_agrees(kind, dtype):
+    gc.collect()
+    torch.cuda.empty_cache()
+    start = torch.cuda.memory_allocated()
+    net = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(24))).to("cuda", dtype)
+    shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
+    options = {}
+    if kind != "plain":
+        bits = {n: torch.rand(s) < 0.1 for n, s in shapes.items()}
+        options = dict(mask=ChildMask.from_dense(bits), pack_gradients="gradient" in kind)
+    opt = ChildAdamW(net.named_parameters(), **options)
+    net(torch.ones(4, 1024, device="cuda", dtype=dtype)).float().sum().backward()
+    opt.step()
+    gc.collect()
+    used = torch.cuda.memory_allocated() - start
+    counts = {n: opt.mask.count(n) for n in opt.mask} if options else None
+    expected = predict(shapes, weight_dtype=dtype, p=counts)
+    held = expected.weights + expected.state + (opt.memory().gradients if options else expected.gradients)
+    assert used == pytest.approx(held, rel=0.02) and opt.memory().total == held

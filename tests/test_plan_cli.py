@@ -1,0 +1,63 @@
+"""`childtune plan`: a table of bytes a weight, from shapes that come from three places."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from childtune_kernels.cli import main
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return {cells[0]: cells[1:] for cells in ([c.strip() for c in line.strip("|").split("|")] for line in lines)}
+
+
+def test_a_known_model(capsys):
+    assert main(["plan", "--model", "llama-7b", "--p", "0.1"]) == 0
+    text = capsys.readouterr().out
+    assert "6,738,415,616 weights in 291 tensors, bfloat16" in text
+    table = rows(text)
+    assert table["AdamW, fp32 moments and masters"][:6] == ["2.00", "2.00", "8.00", "4.00", "0.00", "16.00"]
+    assert table["D p=0.1"][:6] == ["2.00", "2.00", "0.80", "0.40", "0.40", "5.60"]
+    assert float(table["D p=0.1, pack_gradients"][5]) < 4
+
+
+def test_a_shape_file(tmp_path, capsys):
+    path = tmp_path / "shapes.json"
+    path.write_text(json.dumps({"w": [100, 100], "b": [100]}))
+    assert main(["plan", "--shapes", str(path), "--dtype", "float32", "--p", "0.3"]) == 0
+    table = rows(capsys.readouterr().out)
+    assert table["AdamW, fp32 moments"][:6] == ["4.00", "4.00", "8.00", "0.00", "0.00", "16.00"]
+    assert table["D p=0.3"][2:5] == ["2.40", "0.00", "1.20"] and "masters" not in "".join(table)
+
+
+def test_a_config(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50)
+    config = transformers.BertConfig(**sizes, architectures=["BertForSequenceClassification"])
+    config.save_pretrained(tmp_path)
+    assert main(["plan", "--config", str(tmp_path)]) == 0
+    model = transformers.BertForSequenceClassification(config)
+    assert f"{sum(p.numel() for p in model.parameters()):,} weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--model", "bert-large", "--p", "0"], "p must be in (0, 1], got 0.0"),
+        (["--shapes", "absent.json"], "absent.json"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(args, message, capsys):
+    assert main(["plan", *args]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_bad_shape_file(tmp_path, capsys):
+    path = tmp_path / "shapes.json"
+    path.write_text('{"w": "large"}')
+    assert main(["plan", "--shapes", str(path)]) == 1
+    assert "must hold an object of parameter name -> list of sizes" in capsys.readouterr().err
