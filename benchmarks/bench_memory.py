@@ -1,0 +1,139 @@
+"""Memory and time of whole training steps with packed gradients: `python benchmarks/bench_memory.py RESULT.json`.
+
+Needs a CUDA machine and transformers. Models are built from their configuration with random weights, in bfloat16; the
+child is a random tenth. A model that the device cannot hold is reported as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+from childtune_kernels import ChildAdamW, ChildMask, ops, philox
+from childtune_kernels.cli import _timing
+from childtune_kernels.memory import predict
+
+P = 0.1
+LLAMAS = {
+    "llama-7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
+    "llama-30b": dict(hidden_size=6656, intermediate_size=17920, num_hidden_layers=60, num_attention_heads=52),
+}
+
+
+def random_child(model: nn.Module, p: float) -> ChildMask:
+    """Return a child network of about p of every parameter, on the CPU."""
+    words, shapes = {}, {}
+    for name, param in model.named_parameters():
+        key = philox.stream_key(0, name)
+        words[name] = ops.bernoulli_bits(param.numel(), key, 1, p, philox.RANDOM_CHILD, 0, param.device).cpu()
+        shapes[name] = param.shape
+    return ChildMask(words, shapes)
+
+
+def build(config: transformers.PretrainedConfig, kind) -> nn.Module:
+    """Return a model in bfloat16 on the device, in training mode."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            return kind(config).train()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def whole_step(name: str, options: dict) -> dict:
+    """Take four steps of a Llama, batch 1 x 512, checkpointed; return peak bytes a weight, times and losses."""
+    model = build(transformers.LlamaConfig(**LLAMAS[name]), transformers.LlamaForCausalLM)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.config.use_cache = False
+    optimizer = ChildAdamW(model.named_parameters(), lr=1e-4, mask=random_child(model, P), **options)
+    ids = torch.randint(32000, (1, 512), device="cuda")
+    seconds, losses = [], []
+    for step in range(4):
+        if step == 2:  # state exists by then
+            torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        losses.append(loss.item())
+    weights = sum(p.numel() for p in model.parameters())
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    counts = {n: optimizer.mask.count(n) for n in optimizer.mask}
+    memory = optimizer.memory()
+    predicted = predict(shapes, p=counts, weight_dtype=torch.bfloat16, **options)
+    return {
+        "weights": weights,
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "peak_bytes_a_weight": torch.cuda.max_memory_allocated() / weights,
+        "allocated_after_step": torch.cuda.memory_allocated(),
+        "predicted": {**predicted.per_parameter(), "held": (predicted.weights + predicted.state) / weights},
+        "counted": memory.per_parameter(),
+        "seconds": seconds[2:],
+        "losses": losses,
+    }
+
+
+def hook_cost(rounds: int = 5) -> dict:
+    """Time BERT-large's backward pass with and without gradients being packed in it, alternating."""
+    times: dict[str, list[float]] = {"plain": [], "packed": []}
+    model = build(transformers.BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
+                                          intermediate_size=4096), transformers.BertForSequenceClassification)  # fmt: skip
+    mask = random_child(model, P)
+    ids, labels = torch.randint(30000, (32, 128), device="cuda"), torch.zeros(32, dtype=torch.int64, device="cuda")
+    for _ in range(rounds):
+        for kind in times:
+            optimizer = ChildAdamW(model.named_parameters(), mask=mask, pack_gradients=kind == "packed")
+            for repeat in range(8):
+                loss = model(ids, labels=labels).loss
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                loss.backward()
+                torch.cuda.synchronize()
+                if repeat >= 3:
+                    times[kind].append((time.perf_counter() - start) * 1e3)
+                optimizer.zero_grad()
+            del optimizer
+            gc.collect()
+    median = {kind: statistics.median(values) for kind, values in times.items()}
+    spread = {kind: [min(values), max(values)] for kind, values in times.items()}
+    return {"milliseconds": median, "spread": spread, "ratio": median["packed"] / median["plain"]}
+
+
+def main() -> None:
+    """Measure and write the file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--models", nargs="*", choices=LLAMAS, default=list(LLAMAS))
+    args = parser.parse_args()
+    device = torch.device("cuda")
+    report = {"machine": _timing.machine(device), "p": P, "batch": [1, 512], "hooks": hook_cost(), "steps": {}}
+    print(json.dumps(report["hooks"]), flush=True)
+    for name in args.models:
+        for option in ("pack_gradients", "fused_backward"):
+            gc.collect()
+            torch.cuda.empty_cache()
+            try:
+                result = whole_step(name, {option: True})
+            except torch.cuda.OutOfMemoryError as error:
+                result = {"out_of_memory": str(error).split(".")[0]}
+            report["steps"][f"{name}, {option}"] = result
+            print(name, option, json.dumps(result), flush=True)
+    args.result.parent.mkdir(parents=True, exist_ok=True)
+    args.result.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
