@@ -89,8 +89,8 @@ def whole_step(name: str, options: dict) -> dict:
 def hook_cost(rounds: int = 5) -> dict:
     """Time BERT-large's backward pass with and without gradients being packed in it, alternating."""
     times: dict[str, list[float]] = {"plain": [], "packed": []}
-    model = build(transformers.BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
-                                          intermediate_size=4096), transformers.BertForSequenceClassification)  # fmt: skip
+    sizes = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+    model = build(transformers.BertConfig(**sizes), transformers.BertForSequenceClassification)
     mask = random_child(model, P)
     ids, labels = torch.randint(30000, (32, 128), device="cuda"), torch.zeros(32, dtype=torch.int64, device="cuda")
     for _ in range(rounds):

@@ -8,12 +8,12 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from .files import replacing
 
 _FORMAT, _VERSION = "childtune_kernels.ChildMask", "1"
 _ALIGNMENT = 16  # bytes: where each tensor's bits start, in memory and in files
@@ -202,17 +202,15 @@ class ChildMask:
         """
         from safetensors.torch import save_file  # here, so that training needs torch and numpy alone
 
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
         flat, metadata = self._flat.cpu(), {"format": _FORMAT, "version": _VERSION, "digest": self.digest()}
         metadata["shapes"] = json.dumps({name: list(shape) for name, shape in self._shapes.items()})
         padded = {n: flat[start:][: _padded(self._shapes[n].numel())] for n, start in self._starts.items()}
-        for padding in ("", " " * 8):  # safetensors itself pads its header to 8 bytes only
-            save_file({n: w.view(torch.uint8) for n, w in padded.items()}, partial, metadata | {"padding": padding})
-            with open(partial, "rb") as file:
-                if (8 + int.from_bytes(file.read(8), "little")) % _ALIGNMENT == 0:
-                    break
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            for padding in ("", " " * 8):  # safetensors itself pads its header to 8 bytes only
+                save_file({n: w.view(torch.uint8) for n, w in padded.items()}, partial, metadata | {"padding": padding})
+                with open(partial, "rb") as file:
+                    if (8 + int.from_bytes(file.read(8), "little")) % _ALIGNMENT == 0:
+                        break
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> ChildMask:

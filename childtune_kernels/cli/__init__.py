@@ -15,6 +15,7 @@ COMMANDS = {
     "bench": "measure the optimizer step",
     "plan": "say how much memory a model takes to train, by method",
     "fisher": "choose the child network of a Hugging Face checkpoint for a task, by exact Fisher information",
+    "delta": "keep what fine-tuning changed as a file of its own, and put it back",
     "overlap": "say how much child networks have in common, from their files",
 }
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 
 from torch import Tensor
 
+from ..files import replacing
 from ..mask import ChildMask
 from ..selection import select
 
@@ -110,12 +110,10 @@ class Fisher:
         """Write a safetensors file; a file at ``path`` is replaced at once or not at all."""
         from safetensors.torch import save_file
 
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
         about = {"format": _FORMAT, "version": _VERSION, "count": str(self.count), "rule": self.rule}
         about |= {"notes": json.dumps(self.notes), "backbone": json.dumps(self.backbone)}
-        save_file({name: value.cpu().contiguous() for name, value in self.sums.items()}, partial, metadata=about)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            save_file({name: value.cpu().contiguous() for name, value in self.sums.items()}, partial, metadata=about)
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: str = "cpu") -> Fisher:

@@ -168,9 +168,10 @@ _SIZES = {
     _COMPACT.value: (512, 512, 64, 8),
     _COMPACT_BERNOULLI.value: (512, 512, 64, 8),
 }
-# A sparse child waits for its gathers, and wants many threads with few of them each; a denser one has them in reach:
-# p = 0.1 takes 0.96 ms with 8 warps and 1.06 with 4, clustered p = 0.3 1.24 and 1.18 (same H200, same model).
-_DENSE_CHILD, _DENSE_CHILD_WARPS = 0.2, 4
+# A sparse child of fp32 weights waits for its gathers, and wants many threads with few of them each; otherwise 4 warps:
+# fp32 p = 0.1 takes 0.96 ms with 8 warps and 1.06 with 4, clustered p = 0.3 1.24 and 1.18, bf16 weights with masters
+# and a clustered p = 0.1 0.47 and 0.42 (same H200, same model).
+_SPARSE_CHILD, _OTHER_WARPS = 0.2, 4
 
 
 def _run(rule, lists, keys, children, companions, rounding_keys, lrs, grad_scale, found_inf, grad_norm) -> None:
@@ -182,8 +183,8 @@ def _run(rule, lists, keys, children, companions, rounding_keys, lrs, grad_scale
     companions = Fixed.of(companions)
     device, n = params[0].device, len(params)
     block, part, scalar_part, num_warps = _SIZES[rule]
-    if rule in (_COMPACT.value, _COMPACT_BERNOULLI.value) and sum(exp_avgs.numels) > _DENSE_CHILD * sum(params.numels):
-        num_warps = _DENSE_CHILD_WARPS
+    compact = rule in (_COMPACT.value, _COMPACT_BERNOULLI.value)
+    sparse = compact and sum(exp_avgs.numels) <= _SPARSE_CHILD * sum(params.numels)
 
     def lay_out():
         beside = [c.dtype if c.numel() else None for c in companions] or [None] * n
@@ -224,7 +225,7 @@ def _run(rule, lists, keys, children, companions, rounding_keys, lrs, grad_scale
                 BLOCK=block,
                 PART=part,
                 SCALAR_PART=part if INTERPRET else scalar_part,  # interpreting costs 15 ms a piece
-                num_warps=num_warps,
+                num_warps=_OTHER_WARPS if compact and not (sparse and param_dtype == torch.float32) else num_warps,
                 **OPTIONS,
             )
 

@@ -1,0 +1,319 @@
+"""ChildDelta: the tuned bits exactly, on the right base only, and files that are whole or not there."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from oracles import INT_OF, same_bits
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from childtune_kernels import ChildAdamW, ChildDelta, ChildMask, replacing
+
+SIZES = ((0,), (1,), (31,), (32,), (33,), (7, 13), (), (3, 0, 2))
+ALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
+
+
+def random_state(dtypes=ALL_DTYPES, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"{dtype}{list(shape)}".replace("torch.", ""): (torch.randn(shape, generator=generator) * 50).to(dtype)
+        for dtype in dtypes
+        for shape in SIZES
+    }
+
+
+def changed(state, share, seed=1):
+    """Another state in which about a share of every tensor has other bits."""
+    generator = torch.Generator().manual_seed(seed)
+    result = {}
+    for name, tensor in state.items():
+        where = torch.rand(tensor.shape, generator=generator) < share
+        other = ~tensor if tensor.dtype == torch.bool else tensor + 1
+        result[name] = torch.where(where, other, tensor)
+    return result
+
+
+def equal(a, b) -> bool:
+    return a.keys() == b.keys() and all(bits(a[n]).equal(bits(b[n])) and a[n].dtype == b[n].dtype for n in a)
+
+
+def bits(tensor):
+    return tensor.detach().cpu().contiguous().view(-1).view(INT_OF[tensor.element_size()])
+
+
+def copied(state):
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 1.0])
+def test_round_trip(share, tmp_path):
+    base = random_state()
+    tuned = changed(base, share)
+    delta = ChildDelta.from_models(base, tuned)
+    delta.save(tmp_path / "d.safetensors")
+    for held in (delta, ChildDelta.load(tmp_path / "d.safetensors")):
+        target = copied(base)
+        held.apply_(target)
+        assert equal(target, tuned)
+        held.revert_(target, base)
+        assert equal(target, base)
+    assert share or delta.nbytes == 0
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_bits_are_compared_not_values():
+    base = {"w": torch.zeros(40)}
+    tuned = {"w": torch.zeros(40)}
+    tuned["w"][3] = -0.0
+    tuned["w"].view(torch.int32)[5] = 0x7FC00001  # a NaN with a payload
+    delta = ChildDelta.from_models(base, tuned)
+    assert delta.mask.count() == 2
+    delta.apply_(base)
+    assert bits(base["w"]).equal(bits(tuned["w"]))
+    assert ChildDelta.from_models(tuned, tuned).nbytes == 0, "NaNs that are equal bit for bit have not changed"
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Embedding(9, 4), nn.BatchNorm1d(4), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_tied_weights_and_buffers():
+    base, tuned = Tied(), Tied()
+    tuned.load_state_dict(base.state_dict())
+    with torch.no_grad():
+        tuned.embed.weight[2, 1] += 1
+        tuned.norm.running_mean[0] = 3
+        tuned.norm.num_batches_tracked += 7
+    delta = ChildDelta.from_models(base, tuned)
+    assert delta.aliases == {"head.weight": "embed.weight"} and "head.weight" not in delta.values
+    separate = copied(base.state_dict())  # no longer tied: both get the values
+    delta.apply_(separate)
+    assert equal(separate, tuned.state_dict())
+    delta.apply_(base)
+    assert equal(base.state_dict(), tuned.state_dict()) and base.head.weight is base.embed.weight
+
+
+def test_weights_tied_in_the_tuned_model_only():
+    base = copied(Tied().state_dict())
+    base["head.weight"] += 1
+    tuned = Tied()
+    delta = ChildDelta.from_models(base, tuned)
+    assert delta.aliases == {}
+    delta.apply_(base)
+    assert equal(base, tuned.state_dict())
+
+
+def test_a_new_head():
+    base = {"body": torch.arange(64.0)}
+    tuned = {"body": torch.arange(64.0), "head": torch.randn(2, 3)}
+    tuned["body"][5] = 0.5
+    delta = ChildDelta.from_models(base, tuned)
+    assert delta.added == ["head"]
+    target = copied(base)
+    delta.apply_(target)
+    assert equal(target, tuned)
+    delta.revert_(target, base)
+    assert equal(target, base)
+
+    class Model(nn.Module):
+        def __init__(self, rows):
+            super().__init__()
+            self.body, self.head = nn.Parameter(torch.arange(64.0)), nn.Parameter(torch.zeros(rows, 3))
+
+    model = Model(2)
+    delta.apply_(model)
+    assert equal(model.state_dict(), tuned)
+    wrong = Model(4)
+    before = copied(wrong.state_dict())
+    with pytest.raises(ValueError, match=r"target's 'head' must be \(2, 3\) torch.float32, got .*\(4, 3\)"):
+        delta.apply_(wrong)
+    assert equal(wrong.state_dict(), before)
+
+
+def test_the_wrong_base_is_refused():
+    base = random_state()
+    delta = ChildDelta.from_models(base, changed(base, 0.3))
+    for name in ("float32[7, 13]", "bool[33]"):
+        other = copied(base)
+        other[name].view(-1)[0] = 1 - other[name].view(-1)[0].to(torch.float32)
+        before = copied(other)
+        with pytest.raises(ValueError, match="target must be the base of this delta, of digest .*, got"):
+            delta.apply_(other)
+        assert equal(other, before)
+    renamed = {f"x.{name}": tensor for name, tensor in base.items()}
+    with pytest.raises(ValueError, match="target must be the base"):
+        delta.apply_(renamed)
+
+
+def test_reverting_refuses_what_it_would_overwrite():
+    base = {"w": torch.arange(100.0)}
+    tuned = {"w": torch.arange(100.0)}
+    tuned["w"][7] = -1
+    delta = ChildDelta.from_models(base, tuned)
+    later = copied(tuned)
+    later["w"][7] = -2
+    with pytest.raises(ValueError, match="target's 'w' must be as this delta made it"):
+        delta.revert_(later, base)
+    with pytest.raises(ValueError, match="base must be the base of this delta"):
+        delta.revert_(tuned, tuned)
+    assert later["w"][7] == -2 and tuned["w"][7] == -1
+
+
+def test_models_that_do_not_compare():
+    with pytest.raises(ValueError, match=r"tuned's 'w' must be \(3,\) torch.float32, got 'nothing'"):
+        ChildDelta.from_models({"w": torch.zeros(3)}, {})
+    with pytest.raises(ValueError, match=r"tuned's 'w' must be \(3,\) torch.float32, got '\(3,\) torch.bfloat16'"):
+        ChildDelta.from_models({"w": torch.zeros(3)}, {"w": torch.zeros(3).bfloat16()})
+
+
+def test_strided_tensors(device):
+    base = {"w": torch.arange(60.0, device=device).view(6, 10).t(), "e": torch.zeros(1, device=device)}
+    tuned = {"w": base["w"].clone(), "e": base["e"].clone()}
+    tuned["w"][3, 2] = -5
+    target = {name: tensor.clone(memory_format=torch.preserve_format) for name, tensor in base.items()}
+    ChildDelta.from_models(base, tuned).apply_(target)
+    assert equal(target, tuned)
+
+
+# ---- several --------------------------------------------------------------------------------------------------------
+
+
+def of(base, positions, value):
+    tuned = copied(base)
+    tuned["w"][positions] = value
+    return ChildDelta.from_models(base, tuned), tuned
+
+
+def test_merging():
+    base = {"w": torch.arange(200.0), "v": torch.zeros(5)}
+    (a, _), (b, _), (c, _) = of(base, [1, 2], -1.0), of(base, [50], -2.0), of(base, [2, 60], -1.0)
+    merged = ChildDelta.merge([a, b, c])
+    target = copied(base)
+    merged.apply_(target)
+    expected = torch.arange(200.0)
+    expected[[1, 2, 60]], expected[50] = -1, -2
+    assert torch.equal(target["w"], expected) and merged.mask.count() == 4
+    with pytest.raises(ValueError, match=r"must agree where they meet.* by tensor: \{'w': 2\}"):
+        ChildDelta.merge([a, of(base, [1, 2, 3], 7.0)[0]])
+    whole = ChildDelta.from_models(base, {"w": base["w"] - 1, "v": base["v"] + 1})
+    assert set(whole.dense) == {"w", "v"}
+    with pytest.raises(ValueError, match=r"by tensor: \{'w': 1\}"):
+        ChildDelta.merge([whole, of(base, [0, 50], torch.tensor([-1.0, 99.0]))[0]])
+    other = {"w": torch.arange(200.0) + 1, "v": torch.zeros(5)}
+    with pytest.raises(ValueError, match="deltas must be of one base"):
+        ChildDelta.merge([a, of(other, [9], 0.0)[0]])
+    with pytest.raises(ValueError, match="at least one"):
+        ChildDelta.merge([])
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_of_a_trained_child(dtype, tmp_path):
+    """What changed lies inside the child, and its file is about as large as the child."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 2)).to(dtype)
+    base = copy.deepcopy(model)
+    mask = ChildMask.from_dense({"0.weight": torch.rand(128, 64) < 0.1})
+    opt = ChildAdamW(model.named_parameters(), lr=1e-2, mask=mask)
+    for _ in range(5):
+        opt.zero_grad()
+        model(torch.randn(8, 64, dtype=dtype)).float().square().sum().backward()
+        opt.step()
+    delta = ChildDelta.from_models(base, model)
+    assert delta.mask.count("0.weight") > 0.9 * mask.count("0.weight")
+    assert (ChildMask.from_dense({"0.weight": delta.mask.to_dense("0.weight")}) - mask).count() == 0
+    assert delta.nbytes < 0.3 * delta.base_nbytes and f"{delta.nbytes:,} bytes" in repr(delta)
+    delta.save(tmp_path / "d.safetensors")
+    assert delta.nbytes < (tmp_path / "d.safetensors").stat().st_size < delta.nbytes + 4096
+    ChildDelta.load(tmp_path / "d.safetensors").apply_(base)
+    assert equal(base.state_dict(), model.state_dict())
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def rewritten(path, **metadata):
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        old = file.metadata()
+    save_file(load_file(path), path, {**old, **metadata})
+
+
+@pytest.mark.parametrize("kind", ["newer", "mask", "content", "truncated", "text", "empty"])
+def test_bad_files_are_refused(kind, tmp_path):
+    path = tmp_path / "d.safetensors"
+    base = {"w": torch.arange(100.0)}
+    of(base, [3, 5], -1.0)[0].save(path)
+    if kind == "newer":
+        rewritten(path, version="2")
+    elif kind == "mask":
+        ChildMask.from_dense({"w": torch.ones(3, dtype=torch.bool)}).save(path)
+    elif kind == "content":
+        tensors = load_file(path)
+        tensors["values/w"][0] = 9
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            old = file.metadata()
+        save_file(tensors, path, old)
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-3])
+    else:
+        path.write_bytes(b"not a delta" if kind == "text" else b"")
+    with pytest.raises(ValueError, match="must hold childtune_kernels.ChildDelta version 1, got"):
+        ChildDelta.load(path)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(OSError):
+        ChildDelta.load(tmp_path / "absent.safetensors")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("what", ["delta", "checkpoint"])
+def test_a_killed_process_leaves_a_whole_file(what, tmp_path):
+    """50 processes are killed at random moments of saving one of two versions over and over."""
+    path = tmp_path / "file"
+    base = {"w": torch.arange(20_000.0)}
+    versions = [of(base, slice(0, 2000), value)[0] for value in (-1.0, -2.0)]
+
+    def write(i):
+        if what == "delta":
+            versions[i].save(path)
+        else:
+            with replacing(path) as partial:
+                torch.save({"state": versions[i].values["w"]}, partial)
+
+    def read():
+        return ChildDelta.load(path).values["w"] if what == "delta" else torch.load(path)["state"]
+
+    write(0)
+    rng, seen = random.Random(0), set()
+    for _ in range(50):
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            i = 0
+            while True:
+                write(i := 1 - i)
+        time.sleep(rng.uniform(0.001, 0.02))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        values = read()
+        seen.add(values[0].item())
+        assert any(same_bits(values, version.values["w"]) for version in versions)
+    assert seen == {-1.0, -2.0}, "the killed processes must have been writing"
