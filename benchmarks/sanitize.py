@@ -72,6 +72,9 @@ if __name__ == "__main__":
                 step(impl, dtype, misaligned, masked=True, reserve_p=0.3)
                 step(impl, dtype, misaligned, masked=True, pack_gradients=True)
                 step(impl, dtype, misaligned, masked=True, state="dense")
+                for low in ("master", "kahan", "stochastic"):
+                    step(impl, dtype, misaligned, reserve_p=0.3, low_precision=low)
+                    step(impl, dtype, misaligned, masked=True, low_precision=low)
                 step(impl, dtype, misaligned, masked=True, decay="all", max_grad_norm=1.0)
         bits(impl)
     fisher()

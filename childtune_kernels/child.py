@@ -82,20 +82,19 @@ def _positions(words: Tensor, numel: int) -> Tensor:
     return ops.unpack_bits(words, numel).nonzero().view(-1).to(torch.int32)
 
 
-def thawed(mask: ChildMask, params: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return, by name, how many weights outside the child differ in any bit from a reference, where any do.
+def check_mask(mask: ChildMask, params: Mapping[str, Tensor]) -> None:
+    """Refuse a mask that is not for these parameters.
 
     Raises:
-        ValueError: the reference lacks a parameter that the mask names, or has it of another shape or dtype.
+        ValueError: it names others, or has one of another shape.
     """
-    differing = {}
+    unknown = sorted(set(mask) - set(params))
+    require("mask", unknown, not unknown, "a mask that names only this optimizer's parameters")
     for name in mask:
-        param, other = params[name], reference.get(name)
-        expected = f"{tuple(param.shape)} {param.dtype}"
-        got = "nothing" if other is None else f"{tuple(other.shape)} {other.dtype}"
-        require(f"reference of {name!r}", got, got == expected, expected)
-        integers = {2: torch.int16, 4: torch.int32}[param.element_size()]
-        bits = [tensor.detach().to(param.device).contiguous().view(integers) for tensor in (param, other)]
-        if count := int(((bits[0] != bits[1]) & ~mask.to_dense(name).to(param.device)).sum()):
-            differing[name] = count
-    return differing
+        check_shape(mask, name, params[name])
+
+
+def check_shape(mask: ChildMask, name: str, param: Tensor) -> None:
+    """Refuse a mask that has a parameter of another shape."""
+    got, expected = tuple(mask.shape(name)), tuple(param.shape)
+    require(f"mask of {name!r}", got, got == expected, f"of shape {expected}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import ops, philox
 from .ops.checks import require
-from .state import COMPANIONS, MOMENTS, dense
+from .state import COMPANIONS, MOMENTS, StateLayout, dense
 
 CHILD = "child"
 
@@ -38,6 +38,16 @@ def without_children(optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         full = dense(entry, entry.get(CHILD), params[index])
         state[index] = {key: value for key, value in full.items() if key not in (CHILD, *COMPANIONS)}
     return {**state_dict, "state": state}
+
+
+def moved_state(optimizer, layout: StateLayout) -> dict[Tensor, dict]:
+    """Return the state that an optimizer has, by parameter, in another layout."""
+    packing, state = optimizer.packing, {}
+    for param, name, _ in optimizer.named():
+        if entry := optimizer.state.get(param):
+            words = packing.mask.words(name) if packing is not None and name in packing.mask else None
+            state[param] = layout.arranged(name, param, dense(entry, words, param))
+    return state
 
 
 def read_state(optimizer, loaded: dict[str, Any]) -> dict[Tensor, dict]:

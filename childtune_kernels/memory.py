@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from .hooks import TOGETHER
 from .ops.checks import require
 from .state import COMPANIONS, LOW_PRECISION, STATE
 
@@ -105,6 +106,7 @@ def predict(
         gradients = max(numels.values(), default=0)
     elif pack_gradients:
         gradients = child + max((numels[name] for name in partial), default=0)
+        gradients = min(gradients + TOGETHER // weight_dtype.itemsize, child + sum(numels[name] for name in partial))
     beside = {"master": 4, "kahan": weight_dtype.itemsize}.get(low_precision, 0) * (weight_dtype != torch.float32)
     masked = 0 if p is None else sum(numels[n] for n in (p if isinstance(p, Mapping) else numels))
     return Memory(
@@ -123,6 +125,8 @@ def measure(optimizer) -> Memory:
     params = [param for param, _, _ in optimizer.named()]
     holders = [optimizer.gradient_holder(p) for p in params]
     gradients = [t for t in {id(h): h.grad for h in (*params, *holders)}.values() if t is not None]
+    if optimizer.pack_gradients:
+        gradients += optimizer.hooks.waiting.values()
     entries = [optimizer.state.get(p, {}) for p in params]
     mask = optimizer.mask
     return Memory(

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops, philox
-from .child import Packing, thawed
-from .exchange import add_children, read_state, without_children
+from . import audit, ops, philox
+from .child import Packing, check_mask, check_shape
+from .exchange import add_children, moved_state, read_state, without_children
 from .hooks import GradientHooks, PackedGradients, StepInBackward
 from .mask import ChildMask
 from .memory import Memory, measure
 from .ops import checks
 from .ops.checks import require
 from .plan import SAMPLED_CHILD, Plan, check_group
-from .state import LOW_PRECISION, StateLayout, dense
+from .state import LOW_PRECISION, StateLayout
 
 _OWN = ("mask", "layout", "dialect", "decay", "state_dtype", "max_grad_norm", "requested_impl")
 _OWN += ("pack_gradients", "fused_backward")
@@ -135,7 +135,7 @@ class ChildAdamW(torch.optim.Optimizer):
         for device_type in {p.device.type for p, _, _ in self.named()}:
             ops.implementation(impl, device_type)
         if mask is not None:
-            self.check_mask(mask)
+            check_mask(mask, {name: param for param, name, _ in self.named()})
         self.layout.low_precision = self._choose(low_precision)
         self._add_hooks()
 
@@ -158,14 +158,6 @@ class ChildAdamW(torch.optim.Optimizer):
     def low_precision(self) -> str:
         """How 16-bit weights are kept: "master", "kahan", "stochastic" or "nearest"."""
         return self.layout.low_precision
-
-    def check_mask(self, mask: ChildMask) -> None:
-        """Refuse a mask that is not for these parameters."""
-        params = {name: param for param, name, _ in self.named()}
-        unknown = sorted(set(mask) - set(params))
-        require("mask", unknown, not unknown, "a mask that names only this optimizer's parameters")
-        for name in mask:
-            _check_shape(mask, name, params[name])
 
     # ---- what a caller can ask --------------------------------------------------------------------------------------
 
@@ -190,43 +182,11 @@ class ChildAdamW(torch.optim.Optimizer):
             KeyError: no parameter has that name.
             ValueError: ``step`` is not a positive integer.
         """
-        require("step", step, isinstance(step, int) and step >= 1, "an integer of at least 1")
-        found = [(param, group) for param, own_name, group in self.named() if own_name == name]
-        if not found:
-            raise KeyError(f"name must be one of the optimizer's parameter names, got {name!r}")
-        param, group = found[0]
-        if self.mask is not None and name in self.mask:
-            child = self.mask.to_dense(name).to(param.device)
-            return child if group["reserve_p"] == 1 else child & self._sample(step, name, param, group)
-        if group["reserve_p"] == 1:
-            return torch.ones(param.shape, dtype=torch.bool, device=param.device)
-        return self._sample(step, name, param, group)
-
-    def _sample(self, step: int, name: str, param: Tensor, group: dict) -> Tensor:
-        key = philox.stream_key(group["seed"], name)
-        words = ops.bernoulli_bits(
-            param.numel(), key, step, group["reserve_p"], philox.GRADIENT_MASK, 0, device=param.device
-        )
-        return ops.unpack_bits(words, param.numel()).view(param.shape)
+        return audit.mask_at(self, step, name)
 
     def describe(self) -> str:
         """Return a table: per group, how many weights there are and which share of the gradient reaches them."""
-        lines = [f"{'group':>5} {'tensors':>8} {'weights':>14} {'in child':>14} {'share':>7}  rule"]
-        for index, group in enumerate(self.param_groups):
-            own = [(p, name) for p, name, g in self.named() if g is group]
-            weights = sum(p.numel() for p, _ in own)
-            masked = [name for _, name in own if self.mask is not None and name in self.mask]
-            child = weights
-            for name in masked:
-                child += self.mask.count(name) - self.mask.shape(name).numel()
-            rule = "every weight"
-            if masked:
-                rule = f"D: {len(masked)} tensors masked, decay={self.decay!r}"
-            elif group["reserve_p"] < 1:
-                rule = f"F: a fresh {group['reserve_p']:g} of the gradient each step, seed {group['seed']}"
-            share = child / weights if weights else 0.0
-            lines.append(f"{index:>5} {len(own):>8} {weights:>14,} {child:>14,} {share:>7.2%}  {rule}")
-        return "\n".join([*lines, f"{self.dialect} dialect, moments {self.state_dtype}, implementation: {self.impl}"])
+        return audit.describe(self)
 
     def memory(self) -> Memory:
         """Return the bytes that weights, gradients and state take now, by kind; `memory.predict` says it beforehand."""
@@ -253,6 +213,7 @@ class ChildAdamW(torch.optim.Optimizer):
         if self.hooks is not None:
             self._refuse_scaler()
             self.hooks.refuse_gradients()
+            self.hooks.pack()
         if self.fused_backward:
             self.hooks.stepped.clear()
             return loss
@@ -324,7 +285,7 @@ class ChildAdamW(torch.optim.Optimizer):
             if isinstance(param, Tensor):  # anything else is refused by torch, below
                 checks.check_parameter(f"params: {name!r}", param)
                 if self.mask is not None and name in self.mask:
-                    _check_shape(self.mask, name, param)
+                    check_shape(self.mask, name, param)
             require("params", name, name not in taken, "a name not used before")
             taken.add(name)
         require("params", "a repeated tensor", len({id(p) for _, p in entries}) == len(entries), "distinct tensors")
@@ -361,21 +322,18 @@ class ChildAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: as for the constructor's ``mask``; nothing has been changed then.
         """
-        old, packing = self.packing, None
+        packing = None
         if mask is not None:
-            self.check_mask(mask)
+            check_mask(mask, {name: param for param, name, _ in self.named()})
             require("decay", self.decay, self.decay == "child", "'child' where the mask changes")
             packing = Packing(mask)
         require("mask", mask, mask is not None or not self.pack_gradients, "a ChildMask where gradients are packed")
-        pending = self.pack_gradients and any(hook.grad is not None for hook in self.hooks.hooks.values())
-        require("set_mask", "packed gradients", not pending, "called after step() and zero_grad()")
+        if self.pack_gradients:
+            self.hooks.pack()
+            pending = any(hook.grad is not None for hook in self.hooks.hooks.values())
+            require("set_mask", "packed gradients", not pending, "called after step() and zero_grad()")
         layout = StateLayout(packing, self.state_dtype, self.low_precision)
-        moved = {}
-        for param, name, _ in self.named():
-            if entry := self.state.get(param):
-                words = old.mask.words(name) if old is not None and name in old.mask else None
-                moved[param] = layout.arranged(name, param, dense(entry, words, param))
-        self.state.update(moved)
+        self.state.update(moved_state(self, layout))
         self.layout, self.mask, self._plan = layout, None if packing is None else packing.mask, None
         if self.hooks is not None:
             self.hooks.remove()
@@ -395,8 +353,7 @@ class ChildAdamW(torch.optim.Optimizer):
         require("mask", None, self.mask is not None, "a ChildMask: without one every weight is trained")
         if isinstance(reference, nn.Module):
             reference = dict(reference.named_parameters(remove_duplicate=False))
-        found = thawed(self.mask, {name: param for param, name, _ in self.named()}, reference)
-        if found:
+        if found := audit.thawed(self, reference):
             raise AssertionError(f"weights outside the child must equal the reference, but these many differ: {found}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -437,8 +394,3 @@ class ChildAdamW(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:  # torch's keeps defaults, state and groups only
         own = {name: getattr(self, name) for name in _OWN}
         return {**super().__getstate__(), **own, "hooks": None, "_plan": None}
-
-
-def _check_shape(mask: ChildMask, name: str, param: Tensor) -> None:
-    got, expected = tuple(mask.shape(name)), tuple(param.shape)
-    require(f"mask of {name!r}", got, got == expected, f"of shape {expected}")

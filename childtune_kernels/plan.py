@@ -134,6 +134,7 @@ class _Batch:
         self.params = Fixed(params)
         self.kernels = ops.implementation(optimizer.requested_impl, device.type)
         self.contiguous = all(p.is_contiguous() for p in params)
+        self.has_16_bit = any(p.dtype != torch.float32 for p in params)
         self.holders = [*map(optimizer.gradient_holder, params)]
         self.mask_words = self.indices = None
         if optimizer.packing is not None:
@@ -222,7 +223,8 @@ class _Batch:
         lists = (params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, self.hyper)
         ahead = self.device.type == "cuda"  # a copy to the CPU must be waited for before it is read
         scaling = [None if x is None else x.to(self.device, torch.float32, non_blocking=ahead) for x in scaling]
-        low = (self.companions, self.keys if optimizer.low_precision == "stochastic" else ())
+        stochastic = optimizer.low_precision == "stochastic" and self.has_16_bit
+        low = (self.companions, self.keys if stochastic else ())
         if self.indices is not None:
             self.kernels.adamw_compact_(*lists, self.indices, self.keys, *low, self.lrs, *scaling)
         elif self.mask_words is not None:

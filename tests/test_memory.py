@@ -10,6 +10,7 @@ from cases import MODEL, child_mask, model, optimizer, set_grads, train
 from torch import nn
 
 from childtune_kernels import ChildAdamW, ChildMask
+from childtune_kernels.hooks import TOGETHER
 from childtune_kernels.memory import predict
 
 N = sum(torch.Size(shape).numel() for shape in MODEL.values())
@@ -37,7 +38,9 @@ def test_by_hand():
     assert (memory.moments, memory.companions, memory.indices) == (8 * child + 8, 4 * child, 4 * child)
     assert memory.mask == 128 and memory.total == 2 * 2048 + 16 * child + 8
     assert predict({"a": (100, 10), "b": (24,)}).moments == 8 * 1024 + 8
-    assert predict({"a": (100, 10), "b": (24,)}, p=0.1, pack_gradients=True).gradients == 4 * (102 + 1000)
+    assert predict({"a": (100, 10), "b": (24,)}, p=0.1, pack_gradients=True).gradients == 4 * (102 + 1024)
+    large = {"a": (10_000, 10_000), "b": (10_000, 10_000)}
+    assert predict(large, p=0.1, pack_gradients=True).gradients == 4 * (2 * 10**7 + 10**8) + TOGETHER
     assert predict({"a": (100, 10), "b": (24,)}, fused_backward=True).gradients == 4 * 1000
     assert "1024" not in str(memory) and "total" in str(memory)
     assert memory.per_parameter()["weights"] == 2

@@ -225,6 +225,23 @@ def test_accuracy_against_fp64(update, dialect, dtype, moment_dtype, place):
     judge.check(case.params[0], *moments)
 
 
+@pytest.mark.parametrize("add", [False, True])
+def test_gather_child(add, place):
+    case = Case(place.device)
+    case._pack()
+    rows = [i for i, index in enumerate(case.indices) if index.numel() or not case.exp_avgs[i].numel()]
+    for _ in range(2):
+        grads = [case.new_grads()[i] for i in rows]
+        packed = [case.guards.place(torch.randn(case.indices[i].shape, device=place.device).to(g.dtype), i % 3)
+                  for i, g in zip(rows, grads, strict=True)]  # fmt: skip
+        expected = [g.cpu()[case.children[i]] for i, g in zip(rows, grads, strict=True)]
+        if add:
+            expected = [(p.cpu().float() + e.float()).to(e.dtype) for p, e in zip(packed, expected, strict=True)]
+        place.kernels.gather_child_(packed, grads, [case.indices[i] for i in rows], add)
+        assert all(same_bits(p, e) for p, e in zip(packed, expected, strict=True))
+        assert case.guards.intact()
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.125, 1 / 3])
 def test_square_accumulate_bits(scale, place):
     case = Case(place.device)

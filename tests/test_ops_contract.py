@@ -51,6 +51,12 @@ def tensors_of(given: dict) -> list[torch.Tensor]:
 
 
 OTHERS = {
+    "gather_child_": lambda device: (
+        [torch.zeros(2, device=device)],
+        [torch.randn(3, 4, device=device)],
+        [torch.tensor([1, 7], dtype=torch.int32, device=device)],
+        True,
+    ),
     "square_accumulate_": lambda device: ([torch.zeros(5, device=device)], [torch.randn(5, device=device)], 0.5),
     "fisher_linear_": lambda device: (
         torch.zeros(4, 5, device=device),
@@ -86,7 +92,7 @@ OVERLOADS = [(op, name) for op in ops.SCHEMAS for name in ("default", "csrc") if
 
 def test_every_op_is_covered():
     without = {op for op in ops.SCHEMAS if (op, "csrc") not in OVERLOADS}
-    assert without == {"fisher_linear_", "fisher_columns_"}, "products and sums are torch's own"
+    assert without == {"fisher_linear_", "fisher_columns_", "gather_child_"}, "products, sums, gathers are torch's own"
     assert {*UPDATES, *OTHERS} == set(ops.SCHEMAS)
     for op in ops.SCHEMAS:
         assert getattr(ops, op) is getattr(torch.ops.childtune, op)

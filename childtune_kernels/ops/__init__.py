@@ -51,6 +51,7 @@ SCHEMAS = {
     "adamw_bernoulli_": _UPDATE.format(extra="int[] keys, " + _LOW_PRECISION),
     "adamw_masked_": _UPDATE.format(extra="Tensor[] mask_words, bool decay_all, "),
     "adamw_compact_": _UPDATE.format(extra="Tensor[] indices, int[] keys, " + _LOW_PRECISION),
+    "gather_child_": "(Tensor(a!)[] packed, Tensor[] grads, Tensor[] indices, bool add) -> ()",
     "square_accumulate_": "(Tensor(a!)[] accumulators, Tensor[] grads, float scale) -> ()",
     "fisher_linear_": "(Tensor(a!) total, Tensor d, Tensor x) -> ()",
     "fisher_columns_": "(Tensor(a!) total, Tensor d, Tensor? factor=None, Tensor(b!)? plain_total=None) -> ()",
@@ -65,8 +66,8 @@ UPDATES = ("adamw_", "adamw_bernoulli_", "adamw_masked_", "adamw_compact_")
 _CSRC_SCHEMAS = SCHEMAS | {
     "bernoulli_bits": "(Tensor(a!) words, int numel, int key, int step, float p, int domain, int offset) -> ()"
 }
-# Products and sums: torch's own libraries are the compiled way, so csrc has no kernel of its own.
-_WITHOUT_CSRC = ("fisher_linear_", "fisher_columns_")
+# Products, sums, gathers: torch's own libraries are the compiled way, so csrc has no kernel of its own.
+_WITHOUT_CSRC = ("fisher_linear_", "fisher_columns_", "gather_child_")
 IMPLEMENTATIONS = ("triton", "csrc", "reference")
 # How many bits of a key an implementation's `score_histogram` counts at its best: csrc in shared memory or cache,
 # Triton by comparing in registers. Each serves every width up to reference.MAX_DIGITS.
@@ -108,9 +109,16 @@ def implementation(name: str, device_type: str) -> SimpleNamespace:
         functions |= {op: getattr(reference, op) for op in _WITHOUT_CSRC}
         functions["bernoulli_bits"] = _csrc_bernoulli_bits
     elif name == "triton":
-        from . import triton_adamw, triton_bitmask, triton_fisher, triton_fisher_linear, triton_selection
+        from . import (
+            triton_adamw,
+            triton_bitmask,
+            triton_fisher,
+            triton_fisher_linear,
+            triton_gather,
+            triton_selection,
+        )
 
-        modules = (triton_adamw, triton_bitmask, triton_fisher, triton_fisher_linear, triton_selection)
+        modules = (triton_adamw, triton_bitmask, triton_fisher, triton_fisher_linear, triton_gather, triton_selection)
         functions = {op: next(getattr(m, op) for m in modules if hasattr(m, op)) for op in SCHEMAS}
     else:
         functions = {op: getattr(reference, op) for op in SCHEMAS}
@@ -161,6 +169,13 @@ def _square_accumulate(accumulators, grads, scale):
         mark_written(accumulators)
 
 
+def _gather_child(packed, grads, indices, add):
+    checks.check_gather(packed, grads, indices)
+    if packed:
+        implementation("auto", packed[0].device.type).gather_child_(packed, grads, indices, add)
+        mark_written(packed)
+
+
 def _fisher_linear(total, d, x):
     checks.check_fisher(total, d, x, None, (d.shape[-1], x.shape[-1]))
     implementation("auto", total.device.type).fisher_linear_(total, d, x)
@@ -202,6 +217,7 @@ def _overlap_bits(a, b):
 
 _RUN = {
     **{op: _update_op(op) for op in UPDATES},
+    "gather_child_": _gather_child,
     "square_accumulate_": _square_accumulate,
     "fisher_linear_": _fisher_linear,
     "fisher_columns_": _fisher_columns,
@@ -246,6 +262,7 @@ adamw_ = torch.ops.childtune.adamw_
 adamw_bernoulli_ = torch.ops.childtune.adamw_bernoulli_
 adamw_masked_ = torch.ops.childtune.adamw_masked_
 adamw_compact_ = torch.ops.childtune.adamw_compact_
+gather_child_ = torch.ops.childtune.gather_child_
 square_accumulate_ = torch.ops.childtune.square_accumulate_
 fisher_linear_ = torch.ops.childtune.fisher_linear_
 fisher_columns_ = torch.ops.childtune.fisher_columns_

@@ -166,6 +166,19 @@ def check_accumulate(accumulators: Sequence[Tensor], grads: Sequence[Tensor]) ->
             raise RuntimeError(f"grads[{i}] must have the list's device {grads[0].device}, got {grad.device}")
 
 
+def check_gather(packed: Sequence[Tensor], grads: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
+    """Check `gather_child_`'s lists before anything is written."""
+    for name, values in (("grads", grads), ("indices", indices)):
+        if len(values) != len(packed):
+            raise RuntimeError(f"{name} must have {len(packed)} entries, got {len(values)}")
+    for i, (target, grad, index) in enumerate(zip(packed, grads, indices, strict=True)):
+        check_indices(f"indices[{i}]", index, grad, index)
+        _check_like(f"packed[{i}]", target, grad, (grad.dtype,), (index.numel(),))
+        _check_like(f"grads[{i}]", grad, grad, WEIGHT_DTYPES)
+        if grad.device != grads[0].device:
+            raise RuntimeError(f"grads[{i}] must have the list's device {grads[0].device}, got {grad.device}")
+
+
 def check_fisher(
     total: Tensor, d: Tensor, other: Tensor | None, second_total: Tensor | None, shape: tuple[int, ...]
 ) -> None:

@@ -326,6 +326,13 @@ def _with_p_of_one(hyper: Tensor) -> Tensor:
     return hyper
 
 
+def gather_child_(packed, grads, indices, add) -> None:
+    """packed = grad[indices], or packed + that: the child's entries of gradients."""
+    for target, grad, index in zip(packed, grads, indices, strict=True):
+        entries = torch.index_select(grad.reshape(-1), 0, index)
+        target.copy_(target + entries if add else entries)
+
+
 def square_accumulate_(accumulators, grads, scale) -> None:
     """accumulator = accumulator + (grad * grad) * scale, in fp32: one term of Eq. 10."""
     for accumulator, grad in zip(accumulators, grads, strict=True):

@@ -168,10 +168,17 @@ _SIZES = {
     _COMPACT.value: (512, 512, 64, 8),
     _COMPACT_BERNOULLI.value: (512, 512, 64, 8),
 }
+# Beside companions or random words of 16-bit weights, more elements a thread would spill: bf16 F with stochastic rounding
+# takes 1.84 ms so, as it does with 1024 and 512.
+_LOW_PRECISION_SIZES = (256, 256, 64, 2)
 # A sparse child of fp32 weights waits for its gathers, and wants many threads with few of them each; otherwise 4 warps:
 # fp32 p = 0.1 takes 0.96 ms with 8 warps and 1.06 with 4, clustered p = 0.3 1.24 and 1.18, bf16 weights with masters
 # and a clustered p = 0.1 0.47 and 0.42 (same H200, same model).
 _SPARSE_CHILD, _OTHER_WARPS = 0.2, 4
+
+
+def _sizes(rule: int, low_precision: bool) -> tuple[int, int, int, int]:
+    return _LOW_PRECISION_SIZES if low_precision and rule in (_PLAIN.value, _BERNOULLI.value) else _SIZES[rule]
 
 
 def _run(rule, lists, keys, children, companions, rounding_keys, lrs, grad_scale, found_inf, grad_norm) -> None:
@@ -182,7 +189,7 @@ def _run(rule, lists, keys, children, companions, rounding_keys, lrs, grad_scale
     params, grads, exp_avgs, exp_avg_sqs, steps = tensors = [Fixed.of(values) for values in lists[:-1]]
     companions = Fixed.of(companions)
     device, n = params[0].device, len(params)
-    block, part, scalar_part, num_warps = _SIZES[rule]
+    block, part, scalar_part, num_warps = _sizes(rule, bool(companions) or bool(rounding_keys))
     compact = rule in (_COMPACT.value, _COMPACT_BERNOULLI.value)
     sparse = compact and sum(exp_avgs.numels) <= _SPARSE_CHILD * sum(params.numels)
 

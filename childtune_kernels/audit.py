@@ -1,0 +1,70 @@
+"""What can be asked of an optimizer: which weights it updates at a step, by which rule, and which it never has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from . import ops, philox
+from .ops.checks import require
+
+
+def describe(optimizer) -> str:
+    """Return a table: per group, how many weights there are and which share of the gradient reaches them."""
+    mask = optimizer.mask
+    lines = [f"{'group':>5} {'tensors':>8} {'weights':>14} {'in child':>14} {'share':>7}  rule"]
+    for index, group in enumerate(optimizer.param_groups):
+        own = [(p, name) for p, name, g in optimizer.named() if g is group]
+        weights = sum(p.numel() for p, _ in own)
+        masked = [name for _, name in own if mask is not None and name in mask]
+        child = weights + sum(mask.count(name) - mask.shape(name).numel() for name in masked)
+        rules = [f"D: {len(masked)} tensors masked, decay={optimizer.decay!r}"] if masked else []
+        if group["reserve_p"] < 1:
+            rules.append(f"F: a fresh {group['reserve_p']:g} of the gradient each step, seed {group['seed']}")
+        share = child / weights if weights else 0.0
+        rule = "; ".join(rules) or "every weight"
+        lines.append(f"{index:>5} {len(own):>8} {weights:>14,} {child:>14,} {share:>7.2%}  {rule}")
+    state = f"state {'dense' if optimizer.packing is None else 'packed'}, moments {optimizer.state_dtype}"
+    low = f"16-bit weights: {optimizer.low_precision}"
+    return "\n".join([*lines, f"{optimizer.dialect} dialect, {state}, {low}, implementation: {optimizer.impl}"])
+
+
+def mask_at(optimizer, step: int, name: str) -> Tensor:
+    """Regenerate the gradient mask of one parameter at one step; see `ChildAdamW.mask_at`."""
+    require("step", step, isinstance(step, int) and step >= 1, "an integer of at least 1")
+    found = [(param, group) for param, own_name, group in optimizer.named() if own_name == name]
+    if not found:
+        raise KeyError(f"name must be one of the optimizer's parameter names, got {name!r}")
+    param, group = found[0]
+    keep = torch.ones(param.shape, dtype=torch.bool, device=param.device)
+    if optimizer.mask is not None and name in optimizer.mask:
+        keep = optimizer.mask.to_dense(name).to(param.device)
+    if group["reserve_p"] < 1:
+        key = philox.stream_key(group["seed"], name)
+        sample = (param.numel(), key, step, group["reserve_p"], philox.GRADIENT_MASK, 0)
+        words = ops.bernoulli_bits(*sample, device=param.device)
+        keep &= ops.unpack_bits(words, param.numel()).view(param.shape)
+    return keep
+
+
+def thawed(optimizer, reference: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return, by name, how many weights outside the child differ in any bit from a reference, where any do.
+
+    Raises:
+        ValueError: the reference lacks a parameter that the mask names, or has it of another shape or dtype.
+    """
+    differing = {}
+    params = {name: param for param, name, _ in optimizer.named()}
+    for name in optimizer.mask:
+        param, other = params[name], reference.get(name)
+        expected = f"{tuple(param.shape)} {param.dtype}"
+        got = "nothing" if other is None else f"{tuple(other.shape)} {other.dtype}"
+        require(f"reference of {name!r}", got, got == expected, expected)
+        integers = {2: torch.int16, 4: torch.int32}[param.element_size()]
+        bits = [tensor.detach().to(param.device).contiguous().view(integers) for tensor in (param, other)]
+        outside = ~optimizer.mask.to_dense(name).to(param.device)
+        if count := int(((bits[0] != bits[1]) & outside).sum()):
+            differing[name] = count
+    return differing
