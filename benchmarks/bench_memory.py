@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import nn
 
-from childtune_kernels import ChildAdamW, ChildMask, ops, philox
+from childtune_kernels import ChildAdamW, ChildMask
 from childtune_kernels.cli import _timing
 from childtune_kernels.memory import predict
 
@@ -26,16 +26,6 @@ LLAMAS = {
     "llama-7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
     "llama-30b": dict(hidden_size=6656, intermediate_size=17920, num_hidden_layers=60, num_attention_heads=52),
 }
-
-
-def random_child(model: nn.Module, p: float) -> ChildMask:
-    """Return a child network of about p of every parameter, on the CPU."""
-    words, shapes = {}, {}
-    for name, param in model.named_parameters():
-        key = philox.stream_key(0, name)
-        words[name] = ops.bernoulli_bits(param.numel(), key, 1, p, philox.RANDOM_CHILD, 0, param.device).cpu()
-        shapes[name] = param.shape
-    return ChildMask(words, shapes)
 
 
 def build(config: transformers.PretrainedConfig, kind) -> nn.Module:
@@ -54,7 +44,9 @@ def whole_step(name: str, options: dict) -> dict:
     model = build(transformers.LlamaConfig(**LLAMAS[name]), transformers.LlamaForCausalLM)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.use_cache = False
-    optimizer = ChildAdamW(model.named_parameters(), lr=1e-4, mask=random_child(model, P), **options)
+    optimizer = ChildAdamW(
+        model.named_parameters(), lr=1e-4, mask=ChildMask.random(model, P, 0, device="cuda"), **options
+    )
     ids = torch.randint(32000, (1, 512), device="cuda")
     seconds, losses = [], []
     for step in range(4):
@@ -91,7 +83,7 @@ def hook_cost(rounds: int = 5) -> dict:
     times: dict[str, list[float]] = {"plain": [], "packed": []}
     sizes = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
     model = build(transformers.BertConfig(**sizes), transformers.BertForSequenceClassification)
-    mask = random_child(model, P)
+    mask = ChildMask.random(model, P, 0, device="cuda")
     ids, labels = torch.randint(30000, (32, 128), device="cuda"), torch.zeros(32, dtype=torch.int64, device="cuda")
     for _ in range(rounds):
         for kind in times:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from childtune_kernels import ops, selection
+from childtune_kernels import ChildMask, ops, selection
 from childtune_kernels.cli import _timing
 from childtune_kernels.cli._shapes import SHAPES
 
@@ -32,6 +32,12 @@ def few_values(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 KINDS = {"fisher": fisher_like, "ties": few_values}
+
+
+def as_mask(scores: dict[str, Tensor], p: float, impl: str) -> ChildMask:
+    """Return what `Fisher.top` returns."""
+    words = selection.select_words(scores, p, impl=impl)
+    return ChildMask(words, {name: tensor.shape for name, tensor in scores.items()})
 
 
 def expected_words(scores: dict[str, Tensor], p: float) -> list[Tensor]:
@@ -70,9 +76,7 @@ def measure_kind(kind: str, p: float, device: torch.device, repeats: int) -> tup
         pack_args = tensors, [0.5] * len(tensors), [0] * len(tensors), False
         rows[impl] = {
             "select and pack": measure(pack, device, repeats, result_bytes),
-            "select, with ChildMask": measure(
-                lambda impl=impl: selection.select(scores, p, impl=impl), device, repeats
-            ),
+            "select, with ChildMask": measure(lambda impl=impl: as_mask(scores, p, impl), device, repeats),
             "one histogram, device ms": _timing.time_steps(
                 lambda kernels=kernels, args=count_args: kernels.score_histogram(*args), device, repeats
             )["device"],

@@ -6,7 +6,6 @@ from .files import replacing
 from .fisher import Fisher, estimate_fisher
 from .mask import ChildMask, jaccard_matrix
 from .optim import ChildAdamW
-from .selection import random_child
 
 __all__ = [
     "ChildAdamW",
@@ -16,7 +15,6 @@ __all__ = [
     "estimate_fisher",
     "jaccard_matrix",
     "ops",
-    "random_child",
     "replacing",
 ]
 __version__ = "0.1.0"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .files import replacing
+from .selection import random_words
 
 _FORMAT, _VERSION = "childtune_kernels.ChildMask", "1"
 _ALIGNMENT = 16  # bytes: where each tensor's bits start, in memory and in files
@@ -58,9 +59,12 @@ class ChildMask:
                     f"got {packed.dtype} of shape {tuple(packed.shape)}"
                 )
         device = next((packed.device for packed in words.values()), torch.device("cpu"))
-        self._flat = torch.zeros(total, dtype=torch.int32, device=device)
-        for name, packed in words.items():
-            self.words(name).copy_(packed)
+        padding = torch.zeros(_ALIGNMENT, dtype=torch.int32, device=device)
+        pieces = [padding[:0]]
+        for name in self._starts:  # one concatenation: a copy each would be 393 launches
+            own = words[name]
+            pieces += [own.to(device), padding[: _padded(self._shapes[name].numel()) - own.numel()]]
+        self._flat = torch.cat(pieces)
         index, valid = self._edges()
         if (self._flat[index] & ~valid).any():
             raise ValueError("words must have spare bits 0 after each parameter's last element, got some set")
@@ -78,6 +82,27 @@ class ChildMask:
                     f"mask of {name!r} must be a bool tensor, got {getattr(bits, 'dtype', type(bits).__name__)}"
                 )
         return cls({n: ops.pack_bits(b) for n, b in dense.items()}, {n: b.shape for n, b in dense.items()})
+
+    @classmethod
+    def random(
+        cls,
+        shapes: nn.Module | Mapping[str, tuple[int, ...]],
+        p: float,
+        seed: int,
+        *,
+        device: torch.device | str = "cpu",
+        per_tensor: bool = False,
+        impl: str = "auto",
+    ) -> ChildMask:
+        """Draw a child network of exactly round(p N) of N weights (sec. 4.3, "Random"); see `selection.random_words`.
+
+        Args:
+            shapes: a model, or name -> parameter shape.
+            p, seed, device, per_tensor, impl: see there.
+        """
+        if isinstance(shapes, nn.Module):
+            shapes = {name: param.shape for name, param in shapes.named_parameters()}
+        return cls(random_words(shapes, p, seed, device=device, per_tensor=per_tensor, impl=impl), shapes)
 
     def to_dense(self, name: str) -> Tensor:
         """Return the bits of one parameter, bool, of its shape."""

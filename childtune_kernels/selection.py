@@ -1,4 +1,4 @@
-"""Exactly k weights: the highest or lowest scores of a whole list of tensors, or a random draw, as a ChildMask.
+"""Exactly k weights: the highest or lowest scores of a whole list of tensors, or a random draw, as packed bits.
 
 The scores stay where they are. A score's key is a 32-bit integer in the order of the scores; the k-th key is found
 digit by digit from histograms of all tensors (a radix select), so that a selection reads every score once a digit and
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from . import ops, philox
-from .mask import ChildMask
 from .ops import checks
 from .ops.fixed import Fixed
 
@@ -23,9 +22,9 @@ _PIECES = 256  # parts of a tensor that are counted in one launch on the way to 
 
 
 @torch.no_grad()
-def select(
+def select_words(
     scores: Mapping[str, Tensor], p: float, *, lowest: bool = False, per_tensor: bool = False, impl: str = "auto"
-) -> ChildMask:
+) -> dict[str, Tensor]:
     """Select the share ``p`` of the weights that has the highest scores (paper, sec. 2.3).
 
     Exactly ``k = round(p * N)`` of N weights, by Python's round (halves to even). Among equal scores the first are
@@ -40,7 +39,7 @@ def select(
         impl: "triton", "csrc" or "reference" instead of the fastest on each device.
 
     Returns:
-        A mask of all the names.
+        name -> mask words, int32 [ceil(numel / 32)], on the tensor's device.
 
     Raises:
         ValueError: there are no scores, ``p`` is out of range, or a score is NaN.
@@ -48,11 +47,10 @@ def select(
         RuntimeError: a named ``impl`` cannot serve a device.
     """
     _check_share(p)
-    words = _select_words(_Scores(scores, impl), p, lowest, per_tensor)
-    return ChildMask(dict(zip(scores, words, strict=True)), {name: tensor.shape for name, tensor in scores.items()})
+    return dict(zip(scores, _select_words(_Scores(scores, impl), p, lowest, per_tensor), strict=True))
 
 
-def random_child(
+def random_words(
     shapes: Mapping[str, tuple[int, ...]],
     p: float,
     seed: int,
@@ -60,7 +58,7 @@ def random_child(
     device: torch.device | str = "cpu",
     per_tensor: bool = False,
     impl: str = "auto",
-) -> ChildMask:
+) -> dict[str, Tensor]:
     """Draw a random child network of exactly ``k = round(p * N)`` of N weights (sec. 4.3, "Random").
 
     The child is the k lowest words of the mask stream, in its domain of random children, at step 1; among equal words
@@ -75,6 +73,9 @@ def random_child(
         device: where the bits are made.
         per_tensor: draw the share of each tensor by itself instead of all together.
         impl: "triton", "csrc" or "reference" instead of the fastest on the device.
+
+    Returns:
+        name -> mask words, int32 [ceil(numel / 32)].
 
     Raises:
         ValueError: there are no shapes, or ``p`` or ``seed`` is out of range.
@@ -108,7 +109,7 @@ def random_child(
         for name in reversed(names):  # several words are limit - 1: the last of them are too many
             if count > wanted:
                 count -= _drop_last(words[name], words[name] ^ draw(name, limit - 1), count - wanted)
-    return ChildMask(words, shapes)
+    return words
 
 
 class _Scores:

@@ -17,8 +17,8 @@ PACKAGE = Path(childtune_kernels.__file__).resolve().parent
 FLOORS = [
     {"philox", "files"},
     {"ops"},
-    {"mask"},
     {"selection"},
+    {"mask"},
     {"fisher", "delta", "distributed", "audit"},
     {"child"},
     {"state"},

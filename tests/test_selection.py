@@ -12,8 +12,13 @@ import torch
 from cases import BLOCK, Guards
 from oracles import same_bits
 
-from childtune_kernels import ops, philox, selection
-from childtune_kernels.selection import random_child, select
+from childtune_kernels import ChildMask, ops, philox, selection
+
+
+def select(scores, p, **options) -> ChildMask:
+    words = selection.select_words(scores, p, **options)
+    return ChildMask(words, {name: tensor.shape for name, tensor in scores.items()})
+
 
 SHAPES = ((0,), (1,), (31,), (32,), (33,), (BLOCK - 1,), (BLOCK,), (BLOCK + 1,), (37, 29), (), (3, 0, 2))
 SHARES = (1e-9, 0.1, 1 / 3, 0.5, 0.9, 1.0)  # of none, some and all
@@ -158,7 +163,7 @@ def test_a_nan_is_refused_by_name(row, dtype, place):
 
 @pytest.mark.parametrize("p", [0, -0.1, 1.0001, NAN, INF])
 def test_a_share_out_of_range_is_refused(p):
-    for choose in (lambda: select({"a": torch.zeros(3)}, p), lambda: random_child({"a": (3,)}, p, 0)):
+    for choose in (lambda: select({"a": torch.zeros(3)}, p), lambda: ChildMask.random({"a": (3,)}, p, 0)):
         with pytest.raises(ValueError, match=rf"p must be in \(0, 1\], got {p}"):
             choose()
 
@@ -225,15 +230,15 @@ NAMED = {"w": (60, 53), "bias": (), "none": (0,), "a": (777,)}
 @pytest.mark.parametrize("p", [1e-9, 0.0004, 0.1, 0.5, 0.999, 1.0])
 def test_random_child_is_the_lowest_words(p, place):
     words = random_words(NAMED, 7)
-    mask = random_child(NAMED, p, 7, device=place.device, impl=place.impl)
+    mask = ChildMask.random(NAMED, p, 7, device=place.device, impl=place.impl)
     order = torch.sort(words, stable=True).indices[: round(p * len(words))]
     assert torch.equal(bits_of(mask, NAMED), torch.zeros(len(words), dtype=torch.bool).index_fill_(0, order, True))
 
 
 def test_random_child_per_tensor(place):
-    mask = random_child(NAMED, 0.25, 2**64 - 1, per_tensor=True, device=place.device, impl=place.impl)
+    mask = ChildMask.random(NAMED, 0.25, 2**64 - 1, per_tensor=True, device=place.device, impl=place.impl)
     assert [mask.count(name) for name in NAMED] == [round(0.25 * math.prod(shape)) for shape in NAMED.values()]
-    other = random_child(NAMED, 0.25, 3, per_tensor=True, device=place.device, impl=place.impl)
+    other = ChildMask.random(NAMED, 0.25, 3, per_tensor=True, device=place.device, impl=place.impl)
     assert mask != other
 
 
@@ -252,11 +257,11 @@ def test_random_child_of_equal_words(monkeypatch):
     for k in (1, 100, 777, 2500, len(flat) - 1):
         order = torch.sort(flat, stable=True).indices[:k]
         expected = torch.zeros(len(flat), dtype=torch.bool).index_fill_(0, order, True)
-        assert torch.equal(bits_of(random_child(NAMED, k / len(flat), 1), NAMED), expected), k
+        assert torch.equal(bits_of(ChildMask.random(NAMED, k / len(flat), 1), NAMED), expected), k
 
 
 def test_random_child_refuses():
     with pytest.raises(ValueError, match="shapes must name at least one tensor, got none"):
-        random_child({}, 0.5, 0)
+        ChildMask.random({}, 0.5, 0)
     with pytest.raises(ValueError, match="seed must be an integer"):
-        random_child({"a": (3,)}, 0.5, -1)
+        ChildMask.random({"a": (3,)}, 0.5, -1)

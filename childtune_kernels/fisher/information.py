@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..files import replacing
 from ..mask import ChildMask
-from ..selection import select
+from ..selection import select_words
 
 _FORMAT, _VERSION = "childtune_kernels.Fisher", "1"
 
@@ -68,11 +68,11 @@ class Fisher:
         Raises:
             ValueError: ``p`` or ``scope`` out of range, no parameter in scope, NaN.
         """
-        return select(self.scores(scope), p, per_tensor=per_tensor)
+        return _child(self.scores(scope), p, per_tensor=per_tensor)
 
     def bottom(self, p: float, *, scope="backbone", per_tensor: bool = False) -> ChildMask:
         """Return the share p with the lowest information (Table 5's "Lowest Info."); see `top`."""
-        return select(self.scores(scope), p, lowest=True, per_tensor=per_tensor)
+        return _child(self.scores(scope), p, lowest=True, per_tensor=per_tensor)
 
     def scores(self, scope: str | Callable[[str], bool] | Iterable[str] = "backbone") -> dict[str, Tensor]:
         """Return name -> sum, float32, for the parameters in scope: what `top` and `bottom` order."""
@@ -135,3 +135,7 @@ class Fisher:
             sums = {name: file.get_tensor(name) for name in order}
         options = {key: json.loads(about[key]) for key in ("notes", "backbone")}
         return cls(sums, int(about["count"]), rule=about["rule"], **options)
+
+
+def _child(scores: dict[str, Tensor], p: float, **options) -> ChildMask:
+    return ChildMask(select_words(scores, p, **options), {name: tensor.shape for name, tensor in scores.items()})
