@@ -7,18 +7,21 @@ child is a random tenth. A model that the device cannot hold is reported as such
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import statistics
 import time
+from datetime import date
 from pathlib import Path
 
 import torch
 import transformers
 from torch import nn
 
-from childtune_kernels import ChildAdamW, ChildMask
+from childtune_kernels import ChildAdamW, ChildMask, ops, philox
 from childtune_kernels.cli import _timing
+from childtune_kernels.cli.bench import commit
 from childtune_kernels.memory import predict
 
 P = 0.1
@@ -26,6 +29,14 @@ LLAMAS = {
     "llama-7b": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
     "llama-30b": dict(hidden_size=6656, intermediate_size=17920, num_hidden_layers=60, num_attention_heads=52),
 }
+
+
+def sampled_child(model: nn.Module) -> ChildMask:
+    """Return a child of about P of every parameter; exactly P, as `ChildMask.random` draws, would take minutes here."""
+    named = dict(model.named_parameters())
+    keys = {name: philox.stream_key(0, name) for name in named}
+    sample = {n: (p.numel(), keys[n], 1, P, philox.RANDOM_CHILD, 0, p.device) for n, p in named.items()}
+    return ChildMask({n: ops.bernoulli_bits(*s) for n, s in sample.items()}, {n: p.shape for n, p in named.items()})
 
 
 def build(config: transformers.PretrainedConfig, kind) -> nn.Module:
@@ -78,23 +89,20 @@ def whole_step(name: str, options: dict) -> dict:
     }
 
 
-def hook_cost(rounds: int = 5) -> dict:
-    """Time BERT-large's backward pass with and without gradients being packed in it, alternating."""
+def hook_cost(model: nn.Module, batch: dict, rounds: int) -> dict:
+    """Time a model's backward pass with and without gradients being packed in it, alternating."""
     times: dict[str, list[float]] = {"plain": [], "packed": []}
-    sizes = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
-    model = build(transformers.BertConfig(**sizes), transformers.BertForSequenceClassification)
-    mask = ChildMask.random(model, P, 0, device="cuda")
-    ids, labels = torch.randint(30000, (32, 128), device="cuda"), torch.zeros(32, dtype=torch.int64, device="cuda")
+    mask = sampled_child(model)
     for _ in range(rounds):
         for kind in times:
             optimizer = ChildAdamW(model.named_parameters(), mask=mask, pack_gradients=kind == "packed")
-            for repeat in range(8):
-                loss = model(ids, labels=labels).loss
+            for repeat in range(6):
+                loss = model(**batch).loss
                 torch.cuda.synchronize()
                 start = time.perf_counter()
                 loss.backward()
                 torch.cuda.synchronize()
-                if repeat >= 3:
+                if repeat >= 2:
                     times[kind].append((time.perf_counter() - start) * 1e3)
                 optimizer.zero_grad()
             del optimizer
@@ -104,6 +112,19 @@ def hook_cost(rounds: int = 5) -> dict:
     return {"milliseconds": median, "spread": spread, "ratio": median["packed"] / median["plain"]}
 
 
+def hook_costs() -> dict:
+    """Return the hooks' cost where the host limits the backward pass, and where the device does."""
+    sizes = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+    bert = build(transformers.BertConfig(**sizes), transformers.BertForSequenceClassification)
+    ids, labels = torch.randint(30000, (32, 128), device="cuda"), torch.zeros(32, dtype=torch.int64, device="cuda")
+    costs = {"bert-large, 32 x 128": hook_cost(bert, {"input_ids": ids, "labels": labels}, 5)}
+    del bert
+    llama = build(transformers.LlamaConfig(**LLAMAS["llama-7b"]), transformers.LlamaForCausalLM)
+    ids = torch.randint(32000, (1, 512), device="cuda")
+    costs["llama-7b, 1 x 512"] = hook_cost(llama, {"input_ids": ids, "labels": ids}, 2)
+    return costs
+
+
 def main() -> None:
     """Measure and write the file."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -111,20 +132,22 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=LLAMAS, default=list(LLAMAS))
     args = parser.parse_args()
     device = torch.device("cuda")
-    report = {"machine": _timing.machine(device), "p": P, "batch": [1, 512], "hooks": hook_cost(), "steps": {}}
-    print(json.dumps(report["hooks"]), flush=True)
-    for name in args.models:
-        for option in ("pack_gradients", "fused_backward"):
-            gc.collect()
-            torch.cuda.empty_cache()
-            try:
-                result = whole_step(name, {option: True})
-            except torch.cuda.OutOfMemoryError as error:
-                result = {"out_of_memory": str(error).split(".")[0]}
-            report["steps"][f"{name}, {option}"] = result
-            print(name, option, json.dumps(result), flush=True)
+    report = {"date": date.today().isoformat(), "commit": commit(), "machine": _timing.machine(device), "p": P}
+    report |= {"batch": [1, 512], "steps": {}}
     args.result.parent.mkdir(parents=True, exist_ok=True)
-    args.result.write_text(json.dumps(report, indent=1) + "\n")
+    measurements = {"hooks": hook_costs}
+    measurements |= {f"{name}, {option}": functools.partial(whole_step, name, {option: True})
+                     for name in args.models for option in ("pack_gradients", "fused_backward")}  # fmt: skip
+    for name, measure in measurements.items():
+        gc.collect()
+        torch.cuda.empty_cache()
+        try:
+            result = measure()
+        except torch.cuda.OutOfMemoryError as error:
+            result = {"out_of_memory": str(error).split(".")[0]}
+        print(name, json.dumps(result), flush=True)
+        (report if name == "hooks" else report["steps"])[name] = result
+        args.result.write_text(json.dumps(report, indent=1) + "\n")  # after each: they take minutes
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def step(impl: str, dtype: torch.dtype, misaligned: int, **options) -> None:
     optimizer = ChildAdamW(params, impl=impl, **options)
     for p in params if optimizer.pack_gradients else []:
         if p in optimizer.hooks.hooks:
-            optimizer.hooks.receive(p)
+            optimizer.hooks.hooks[p](p)
     for _ in range(2):
         optimizer.step()
 

@@ -5,6 +5,7 @@ Full gradients then exist one tensor at a time: ``p.grad`` is freed inside backw
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 
 import torch
@@ -21,17 +22,21 @@ TOGETHER = 64 << 20  # bytes of gradients that are packed in one launch
 class _Hook:
     """A post-accumulate-grad hook of one parameter, known by its class, so that a second one can be refused.
 
-    ``grad`` stands in for the parameter's own where a step looks for it.
+    ``grad`` stands in for the parameter's own where a step looks for it. What a call needs is held here: in a small
+    model the hooks' host time is what packing costs.
     """
 
-    def __init__(self, owner: GradientHooks):
+    def __init__(self, owner: GradientHooks, param: Tensor, name: str):
         self.owner = weakref.ref(owner)
+        self.name = name
+        self.nbytes = param.nbytes
+        self.waits = False
         self.grad: Tensor | None = None
 
     def __call__(self, param: Tensor) -> None:
         owner = self.owner()
         if owner is not None and owner.optimizer() is not None:
-            owner.receive(param)
+            owner.receive(self, param)
 
 
 class GradientHooks:
@@ -58,7 +63,7 @@ class GradientHooks:
             taken = any(isinstance(hook, _Hook) and hook.owner() is not None for hook in hooks)
             require(f"parameter {name!r}", "one with such a hook", not taken, "without another optimizer's hook")
         for param in fresh:
-            self.hooks[param] = _Hook(self)
+            self.hooks[param] = _Hook(self, param, fresh[param])
             self.handles.append(param.register_post_accumulate_grad_hook(self.hooks[param]))
 
     def remove(self) -> None:
@@ -83,7 +88,7 @@ class GradientHooks:
         """Whether a parameter's gradient is to be received."""
         return param.requires_grad
 
-    def receive(self, param: Tensor) -> None:
+    def receive(self, hook: _Hook, param: Tensor) -> None:
         """Take one parameter's gradient and free it."""
         raise NotImplementedError
 
@@ -99,49 +104,49 @@ class PackedGradients(GradientHooks):
     """
 
     def __init__(self, optimizer):
-        self.names: dict[Tensor, str] = {}
-        self.waiting: dict[Tensor, Tensor] = {}
+        self.waiting: list[tuple[_Hook, Tensor]] = []
         self.waiting_bytes = 0
         self.stream = None  # that the waiting gradients were made on
         super().__init__(optimizer)
 
-    def add(self, named):
-        self.names.update({p: name for p, name, _ in named})
-        super().add(named)
-
     def wants(self, param, name):
         return param.requires_grad and not self.optimizer().packing.is_whole(name)
 
-    def receive(self, param):
+    def receive(self, hook, param):
         grad = param.grad
-        if grad.layout != torch.strided or grad.dtype != param.dtype:
-            checks.check_gradient(f"parameter {self.names[param]!r}", grad, param)
-        stream = torch.cuda.current_stream(grad.device) if grad.is_cuda else None
-        if param in self.waiting or stream != self.stream:
+        if grad.dtype != param.dtype or grad.layout != torch.strided:
+            checks.check_gradient(f"parameter {hook.name!r}", grad, param)
+        # torch.cuda.current_stream takes several microseconds, as much as all else in here
+        stream = torch._C._cuda_getCurrentRawStream(grad.get_device()) if grad.is_cuda else None
+        if hook.waits or stream != self.stream:
             self.pack()
-        self.waiting[param], self.stream = grad, stream
-        self.waiting_bytes += grad.nbytes
-        param.grad = None
+        self.waiting.append((hook, grad))
+        self.waiting_bytes += hook.nbytes
+        self.stream, hook.waits, param.grad = stream, True, None
         if self.waiting_bytes >= TOGETHER:
             self.pack()
 
+    @torch.no_grad()
     def pack(self) -> None:
         """Pack what waits, on the stream that made it: `step` calls this too, after backward has joined its streams."""
         if not self.waiting:
             return
         _refuse_ranks()
         optimizer, waiting, lists = self.optimizer(), self.waiting, {}
-        self.waiting, self.waiting_bytes = {}, 0
-        with torch.cuda.stream(self.stream):  # None: no matter
-            for param, grad in waiting.items():
-                hook, index = self.hooks[param], optimizer.packing.indices(self.names[param], grad.device)
+        self.waiting, self.waiting_bytes = [], 0
+        with _on_stream(self.stream, waiting[0][1].device):
+            for hook, grad in waiting:
+                hook.waits = False
+                index = optimizer.packing.indices(hook.name, grad.device)
                 add = hook.grad is not None
                 if not add:
                     hook.grad = torch.empty(index.shape, dtype=grad.dtype, device=grad.device)
-                lists.setdefault((grad.device, add), []).append((hook.grad, grad.detach().contiguous(), index))
+                packed, grads, indices = lists.setdefault((grad.device, add), ([], [], []))
+                packed.append(hook.grad)
+                grads.append(grad.contiguous())
+                indices.append(index)
             for (device, add), rows in lists.items():
-                kernels = ops.implementation(optimizer.requested_impl, device.type)
-                kernels.gather_child_(*map(list, zip(*rows, strict=True)), add)
+                ops.implementation(optimizer.requested_impl, device.type).gather_child_(*rows, add)
 
     def holder(self, param: Tensor) -> Tensor | _Hook:
         """Return what holds the parameter's gradient as ``grad``."""
@@ -163,7 +168,7 @@ class StepInBackward(GradientHooks):
         super().__init__(optimizer)
 
     @torch.no_grad()
-    def receive(self, param):
+    def receive(self, hook, param):
         _refuse_ranks()
         optimizer = self.optimizer()
         if param in self.stepped:
@@ -177,6 +182,12 @@ class StepInBackward(GradientHooks):
         plan.run(optimizer)
         self.stepped.add(param)
         param.grad = None
+
+
+def _on_stream(raw: int | None, device: torch.device):
+    if raw is None or raw == torch.cuda.current_stream(device).cuda_stream:
+        return contextlib.nullcontext()
+    return torch.cuda.stream(torch.cuda.ExternalStream(raw, device=device))
 
 
 def _remove(handles: list) -> None:

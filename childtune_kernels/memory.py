@@ -126,7 +126,7 @@ def measure(optimizer) -> Memory:
     holders = [optimizer.gradient_holder(p) for p in params]
     gradients = [t for t in {id(h): h.grad for h in (*params, *holders)}.values() if t is not None]
     if optimizer.pack_gradients:
-        gradients += optimizer.hooks.waiting.values()
+        gradients += [grad for _, grad in optimizer.hooks.waiting]
     entries = [optimizer.state.get(p, {}) for p in params]
     mask = optimizer.mask
     return Memory(

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
             results[name].append(_measure(rule, factory, shapes, device, dtype, args.repeats))
     report = {
         "date": date.today().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": _timing.machine(device),
         "model": model,
         "tensors": len(shapes),
@@ -96,7 +96,7 @@ def _measure(rule: str, factory, shapes, device: torch.device, dtype: torch.dtyp
     optimizer = factory(params)
     if getattr(optimizer, "pack_gradients", False):
         for p in optimizer.hooks.hooks:  # what the hooks do in a backward pass
-            optimizer.hooks.receive(p)
+            optimizer.hooks.hooks[p](p)
     result = _timing.time_steps(optimizer.step, device, repeats)
     result |= _timing.kernels_of(optimizer.step, device)
     result["extra_bytes"] = _timing.extra_memory(optimizer.step, device)
@@ -132,7 +132,7 @@ def is_bitwise_reference(impl: str, device: torch.device, dtype: torch.dtype) ->
                 for p in params:
                     p.grad = torch.randn(p.shape, generator=generator).to(device, dtype)
                     if optimizer.pack_gradients and p in optimizer.hooks.hooks:
-                        optimizer.hooks.receive(p)
+                        optimizer.hooks.hooks[p](p)
                 optimizer.step()
                 optimizer.zero_grad()
             both.append([*params, *(t for p in params for t in optimizer.state[p].values())])
@@ -180,7 +180,8 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Return what the tree is called."""
     if named := os.environ.get("CHILDTUNE_COMMIT"):  # for a copy of the tree without its history
         return named
     try:
