@@ -18,7 +18,7 @@ import torch
 
 from childtune_kernels import ops
 from childtune_kernels.cli import _timing
-from childtune_kernels.cli.bench import _commit
+from childtune_kernels.cli.bench import commit
 from childtune_kernels.fisher import classification_loss, estimate_fisher
 
 LINEAR = ((32, 128, 4096, 1024), (8, 512, 4096, 4096), (16, 128, 1024, 1024))
@@ -165,7 +165,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=("linear", "pass"))
     args = parser.parse_args()
-    report = {"date": date.today().isoformat(), "commit": _commit(), "machine": _timing.machine(DEVICE)}
+    report = {"date": date.today().isoformat(), "commit": commit(), "machine": _timing.machine(DEVICE)}
     if args.only != "pass":
         report["linear"] = [
             linear_row(shape, dtype) for dtype in BOUNDS for shape in LINEAR for _ in range(args.rounds)

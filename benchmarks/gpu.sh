@@ -26,11 +26,17 @@ if wanted sanitize; then
     compute-sanitizer --tool memcheck --error-exitcode 1 "$PYTHON" benchmarks/sanitize.py
 fi
 if wanted bench; then
-    measure bert-large-float32 --model bert-large --dtype float32
-    measure bert-large-bfloat16 --model bert-large --dtype bfloat16 --skip compiled released  # minutes; once will do
-    measure bert-large-float32-group-each --model bert-large --group-each --only ours "torch AdamW fused"
-    measure llama-7b-bfloat16 --model llama-7b --dtype bfloat16 --only "ours (triton)" "torch AdamW fused" --repeats 10
-    for what in fisher selection masks; do
+    rest=(clustered "packed gradient" "D p=0.3")
+    measure bert-large-float32 --model bert-large --dtype float32 --skip "${rest[@]}"
+    measure bert-large-bfloat16 --model bert-large --dtype bfloat16 --skip compiled released "${rest[@]}"  # minutes
+    measure bert-large-float32-group-each --model bert-large --group-each --only ours "torch AdamW fused" \
+        --skip "${rest[@]}"
+    measure llama-7b-bfloat16 --model llama-7b --dtype bfloat16 --only "ours (triton)" "torch AdamW fused" --repeats 10 \
+        --skip "${rest[@]}"
+    for dtype in float32 bfloat16; do
+        measure "bert-large-$dtype-child" --model bert-large --dtype "$dtype" --only "ours (triton)" "torch AdamW fused"
+    done
+    for what in fisher selection masks memory; do
         PYTHONPATH=. "$PYTHON" "benchmarks/bench_$what.py" "$RESULTS/$GPU-$what.json"
     done
 fi

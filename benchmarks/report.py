@@ -46,6 +46,8 @@ def section(name: str) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for label, row in rows.items():
+        if label.startswith("ours") and "busy" not in row:  # a file from before D's state was packed
+            label = label.replace("D p=0.1", "D p=0.1, dense state")
         numbers = [f"{row[key]:.2f}" if key in row else "" for key in ("host", "device")]
         share = f"{row['share']:.3f}" if "share" in row else ""
         lines.append(
@@ -53,6 +55,45 @@ def section(name: str) -> str:
             f"{numbers[0]} | {numbers[1]} | {share} | {row['launches'] or ''} |"
         )
     return "\n".join(lines)
+
+
+def child_section() -> str:
+    """Return the time that kernels of D run, and what its state takes, as a Markdown table."""
+    reports = [load(f"h200-bert-large-{dtype}-child") for dtype in ("float32", "bfloat16")]
+    machine = reports[0]["machine"]
+    where = f"{machine['device']}, torch {machine['torch']}, Triton {machine['triton']}, driver {machine['driver']}"
+    lines = [
+        "| | kernels, ms (rounds) | against torch fused | groups of 16 touched | state, B a weight |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for report in reports:
+        baseline = statistics.median(r["busy"] for r in report["rows"]["torch AdamW fused"])
+        for label, rounds in report["rows"].items():
+            busy = [r["busy"] for r in rounds]
+            touched = f"{rounds[0]['touched']:.2f}" if "touched" in rounds[0] else ""
+            state = f"{rounds[0]['state_bytes'] / report['parameters']:.2f}" if touched else ""
+            lines.append(
+                f"| {report['dtype']}: {label} | {statistics.median(busy):.3f} ({min(busy):.3f} .. {max(busy):.3f}) | "
+                f"{statistics.median(busy) / baseline:.3f} | {touched} | {state} |"
+            )
+    rounds = len(reports[0]["copy_bandwidth"])
+    return "\n".join([*lines, "", f"{where}. {rounds} rounds, commit {reports[0]['commit']}."])
+
+
+def memory_section() -> str:
+    """Return the peak memory of whole training steps as a Markdown table."""
+    report = load("h200-memory")
+    header = ["one step, batch 1 x 512, bfloat16, p = 0.1", "weights", "peak, GB", "peak, B a weight"]
+    header += ["predicted, without activations", "s a step"]
+    lines = [f"| {' | '.join(header)} |", "| --- | --- | --- | --- | --- | --- |"]
+    for label, row in report["steps"].items():
+        cells = [label, f"{row['weights'] / 1e9:.2f} G", f"{row['peak_bytes'] / 1e9:.1f}"]
+        cells += [f"{row['peak_bytes_a_weight']:.2f}", f"{row['predicted']['total']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} | {statistics.median(row['seconds']):.2f} |")
+    took, spread = report["hooks"]["milliseconds"], report["hooks"]["spread"]["packed"]
+    about = "Packing in the backward pass of BERT-large (32 x 128, limited by the host)"
+    about += f": {took['packed']:.1f} ms ({spread[0]:.1f} .. {spread[1]:.1f}) instead of {took['plain']:.1f}"
+    return "\n".join([*lines, "", f"{about}. {report['machine']['device']}, commit {report['commit']}."])
 
 
 def fisher_section() -> str:
@@ -127,7 +168,8 @@ def write_readme() -> None:
     body = "\n\n".join(section(name) for name in FILES if (RESULTS / f"{name}.json").exists())
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for marker, block in (("bench", body), ("fisher", fisher_section())):
+    blocks = {"bench": body, "child": child_section(), "memory": memory_section(), "fisher": fisher_section()}
+    for marker, block in blocks.items():
         begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
         text = re.sub(f"{begin}.*{end}", lambda _, b=begin, k=block, e=end: f"{b}\n{k}\n{e}", text, flags=re.S)
     readme.write_text(text)
