@@ -96,6 +96,25 @@ def memory_section() -> str:
     return "\n".join([*lines, "", f"{about}. {report['machine']['device']}, commit {report['commit']}."])
 
 
+def overlap_section() -> str:
+    """Return how much the children of three Fisher rules and a random one overlap, as a Markdown table."""
+    report = load("overlap-digits")
+
+    def shown(values: list[float]) -> str:
+        return f"{statistics.mean(values):.2f} ({min(values):.2f} .. {max(values):.2f})"
+
+    shares = list(report["shares"])
+    lines = [f"| Jaccard overlap | {' | '.join(f'p = {p}' for p in shares)} |", "| --- |" + " --- |" * len(shares)]
+    for pair in report["shares"][shares[0]]["overlap"]:
+        cells = [shown(report["shares"][p]["overlap"][pair]) for p in shares]
+        lines.append(f"| {pair.replace(', ', ' and ')} | {' | '.join(cells)} |")
+    for rule in ("exact", "random"):
+        cells = [shown(report["shares"][p]["touched"][rule]) for p in shares]
+        lines.append(f"| groups of 16 weights touched, {rule} | {' | '.join(cells)} |")
+    about = f"{report['seeds']} draws of {report['images']} images and a head, batches of {report['batch']}"
+    return "\n".join([*lines, "", f"{about}; mean (least .. most). Commit {report['commit']}."])
+
+
 def fisher_section() -> str:
     """Return the Fisher pass and the linear rule as Markdown tables, with each row's bound of error beside it."""
     report = load("h200-fisher")
@@ -169,6 +188,7 @@ def write_readme() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
     blocks = {"bench": body, "child": child_section(), "memory": memory_section(), "fisher": fisher_section()}
+    blocks["overlap"] = overlap_section()
     for marker, block in blocks.items():
         begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
         text = re.sub(f"{begin}.*{end}", lambda _, b=begin, k=block, e=end: f"{b}\n{k}\n{e}", text, flags=re.S)
