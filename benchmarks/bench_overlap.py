@@ -1,7 +1,7 @@
 """How much the child networks of different Fisher rules overlap: `python benchmarks/bench_overlap.py RESULT.json`.
 
-On the demo's model, a small vision transformer really pre-trained on the digits 0-4, for the task of the digits 5-9 with
-100 labelled images and a fresh head. Runs on a CPU in seconds; needs scikit-learn.
+On the demo's model, a small vision transformer really pre-trained on the digits 0-4, for the task of the digits 5-9
+with 100 labelled images and a fresh head. Runs on a CPU in seconds; needs scikit-learn.
 """
 
 from __future__ import annotations
