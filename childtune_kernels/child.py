@@ -86,12 +86,16 @@ def check_mask(mask: ChildMask, params: Mapping[str, Tensor]) -> None:
     """Refuse a mask that is not for these parameters.
 
     Raises:
-        ValueError: it names others, or has one of another shape.
+        ValueError: it names others, has one of another shape, or has no weight in the child at all.
     """
     unknown = sorted(set(mask) - set(params))
     require("mask", unknown, not unknown, "a mask that names only this optimizer's parameters")
     for name in mask:
         check_shape(mask, name, params[name])
+    empty = any(mask.shape(name).numel() for name in mask) and mask.count() == 0
+    require(
+        "mask", "an empty child", not empty, "one with at least one weight: this one would freeze all that it names"
+    )
 
 
 def check_shape(mask: ChildMask, name: str, param: Tensor) -> None:

@@ -115,6 +115,41 @@ def test_updates_equal_reference(op, weight_dtype, moment_dtype):
 
 
 @needs_csrc
+@pytest.mark.parametrize("rounding", ["nearest", "master", "compensation", "stochastic"])
+@pytest.mark.parametrize("p", [1.0, 0.3])
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+def test_compact_updates_equal_reference(weight_dtype, p, rounding):
+    """Index lists of every density, some tensors whole and some gradients packed, in every way to keep weights."""
+    params, grads, exp_avgs, exp_avg_sqs, steps, hyper = make_lists(weight_dtype, torch.float32, p=p)
+    generator = torch.Generator().manual_seed(1)
+    indices, companions = [], []
+    for i, param in enumerate(params):
+        bits = torch.rand(param.numel(), generator=generator) < (0.0, 0.1, 0.6, 1.0)[i % 4]
+        index = bits.nonzero().flatten().int()
+        if i % 5 == 3:  # the whole tensor
+            index = index[:0]
+        else:
+            exp_avgs[i], exp_avg_sqs[i] = (
+                offset_view(m.reshape(-1)[bits], i % 3) for m in (exp_avgs[i], exp_avg_sqs[i])
+            )
+            if i % 2:
+                grads[i] = offset_view(grads[i].reshape(-1)[bits], i % 5)
+        indices.append(index)
+        held = param.float() if rounding == "master" else torch.zeros(param.shape).to(weight_dtype)
+        held = held if exp_avgs[i].shape == param.shape else held.reshape(-1)[index.long()]
+        companions.append(held if weight_dtype != torch.float32 else torch.empty(0))
+    keys = [philox.stream_key(5, str(i)) for i in range(len(params))]
+    lists = [params, grads, exp_avgs, exp_avg_sqs, steps, hyper]
+    beside = companions if rounding in ("master", "compensation") else []
+    both = clone([*lists, beside]), clone([*lists, beside])
+    for _ in range(2):
+        for kernels, (*own, held) in zip((reference, implementation("csrc", "cpu")), both, strict=True):
+            kernels.adamw_compact_(*own, indices, keys, held, keys if rounding == "stochastic" else [], [])
+    assert_same(both[1], both[0])
+    assert all(torch.equal(a, b) for a, b in zip(both[0][-1], both[1][-1], strict=True))
+
+
+@needs_csrc
 @pytest.mark.parametrize("op", UPDATES)
 def test_lists_may_mix_dtypes(op):
     shapes = SHAPES[-4:]

@@ -102,6 +102,7 @@ BAD_ARGUMENTS = [
         "reserve_p must be 1 where a mask is given.*, got 0.3",
     ),
     ({"mask": _mask(embed__weight=ONES), "state": "sparse"}, "state must be 'packed' or 'dense', got 'sparse'"),
+    ({"mask": _mask(embed__weight=~ONES)}, "mask must be one with at least one weight.*, got 'an empty child'"),
     ({"state": "packed"}, "state must be 'dense' where .* there is no mask.*, got 'packed'"),
     ({"mask": _mask(embed__weight=ONES), "state": "packed", "decay": "all"}, "state must be 'dense' where decay='all'"),
 ]
