@@ -168,9 +168,9 @@ _SIZES = {
     _COMPACT.value: (512, 512, 64, 8),
     _COMPACT_BERNOULLI.value: (512, 512, 64, 8),
 }
-# Beside companions or random words of 16-bit weights, more elements a thread would spill: bf16 F with stochastic
-# rounding takes 1.84 to 1.91 ms so, 1.82 to 1.84 with 1024 and 512, which compensations do not fit.
-_LOW_PRECISION_SIZES = (256, 256, 64, 2)
+# Beside companions or random words of 16-bit weights, 16 elements a thread would take 78 registers and more. bf16 F
+# with stochastic rounding takes 1.79 ms so and 1.85 with 512 elements and 2 warps, with compensations 2.09 and 2.13.
+_LOW_PRECISION_SIZES = (256, 256, 32, 1)
 # A sparse child of fp32 weights waits for its gathers, and wants many threads with few of them each; otherwise 4 warps:
 # fp32 p = 0.1 takes 0.96 ms with 8 warps and 1.06 with 4, clustered p = 0.3 1.24 and 1.18, bf16 weights with masters
 # and a clustered p = 0.1 0.47 and 0.42 (same H200, same model).
