@@ -116,8 +116,10 @@ def hook_costs() -> dict:
     """Return the hooks' cost where the host limits the backward pass, and where the device does."""
     sizes = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
     bert = build(transformers.BertConfig(**sizes), transformers.BertForSequenceClassification)
-    ids, labels = torch.randint(30000, (32, 128), device="cuda"), torch.zeros(32, dtype=torch.int64, device="cuda")
-    costs = {"bert-large, 32 x 128": hook_cost(bert, {"input_ids": ids, "labels": labels}, 5)}
+    costs = {}
+    for examples, length in ((32, 128), (32, 512)):
+        ids, labels = torch.randint(30000, (examples, length), device="cuda"), torch.zeros(examples, device="cuda").long()
+        costs[f"bert-large, {examples} x {length}"] = hook_cost(bert, {"input_ids": ids, "labels": labels}, 5)
     del bert
     llama = build(transformers.LlamaConfig(**LLAMAS["llama-7b"]), transformers.LlamaForCausalLM)
     ids = torch.randint(32000, (1, 512), device="cuda")

@@ -16,7 +16,7 @@ from .ops import checks
 from .ops.checks import require
 from .plan import Plan
 
-TOGETHER = 64 << 20  # bytes of gradients that are packed in one launch
+TOGETHER = 128 << 20  # bytes of gradients that are packed in one launch
 
 
 class _Hook:
@@ -99,8 +99,8 @@ class GradientHooks:
 class PackedGradients(GradientHooks):
     """Keeps the child's entries of each gradient, added up over several backward passes, and frees the rest.
 
-    Gradients wait until some tens of megabytes are together, and are packed in one launch: a launch each would take
-    longer than the backward pass of a small model (H200, BERT-large, bf16, 32 x 128: 27 ms instead of 17).
+    Gradients wait until TOGETHER bytes are together, and are packed in one launch: a launch each would take longer than
+    the backward pass of a small model (H200, BERT-large, bf16, 32 x 128: 27 ms instead of 17).
     """
 
     def __init__(self, optimizer):
@@ -134,19 +134,20 @@ class PackedGradients(GradientHooks):
         _refuse_ranks()
         optimizer, waiting, lists = self.optimizer(), self.waiting, {}
         self.waiting, self.waiting_bytes = [], 0
+        packing = optimizer.packing
         with _on_stream(self.stream, waiting[0][1].device):
             for hook, grad in waiting:
                 hook.waits = False
-                index = optimizer.packing.indices(hook.name, grad.device)
-                add = hook.grad is not None
+                alike = lists.setdefault((grad.device, grad.dtype, hook.grad is not None), ([], [], []))
+                alike[0].append(hook)
+                alike[1].append(grad.contiguous())
+                alike[2].append(packing.indices(hook.name, grad.device))
+            for (device, dtype, add), (hooks, grads, indices) in lists.items():
                 if not add:
-                    hook.grad = torch.empty(index.shape, dtype=grad.dtype, device=grad.device)
-                packed, grads, indices = lists.setdefault((grad.device, add), ([], [], []))
-                packed.append(hook.grad)
-                grads.append(grad.contiguous())
-                indices.append(index)
-            for (device, add), rows in lists.items():
-                ops.implementation(optimizer.requested_impl, device.type).gather_child_(*rows, add)
+                    for hook, packed in zip(hooks, _empty(indices, dtype), strict=True):
+                        hook.grad = packed
+                packed = [hook.grad for hook in hooks]
+                ops.implementation(optimizer.requested_impl, device.type).gather_child_(packed, grads, indices, add)
 
     def holder(self, param: Tensor) -> Tensor | _Hook:
         """Return what holds the parameter's gradient as ``grad``."""
@@ -182,6 +183,13 @@ class StepInBackward(GradientHooks):
         plan.run(optimizer)
         self.stepped.add(param)
         param.grad = None
+
+
+def _empty(indices: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return a tensor as long as each of the indices, 16 bytes aligned, all in one allocation: one each takes 6 us."""
+    aligned = 16 // dtype.itemsize
+    sizes = [size for index in indices for size in (len(index), -len(index) % aligned)]
+    return torch.empty(sum(sizes), dtype=dtype, device=indices[0].device).split(sizes)[::2]
 
 
 def _on_stream(raw: int | None, device: torch.device):
