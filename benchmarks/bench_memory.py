@@ -118,7 +118,8 @@ def hook_costs() -> dict:
     bert = build(transformers.BertConfig(**sizes), transformers.BertForSequenceClassification)
     costs = {}
     for examples, length in ((32, 128), (32, 512)):
-        ids, labels = torch.randint(30000, (examples, length), device="cuda"), torch.zeros(examples, device="cuda").long()
+        ids = torch.randint(30000, (examples, length), device="cuda")
+        labels = torch.zeros(examples, dtype=torch.int64, device="cuda")
         costs[f"bert-large, {examples} x {length}"] = hook_cost(bert, {"input_ids": ids, "labels": labels}, 5)
     del bert
     llama = build(transformers.LlamaConfig(**LLAMAS["llama-7b"]), transformers.LlamaForCausalLM)
