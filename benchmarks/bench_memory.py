@@ -123,8 +123,9 @@ def hook_costs() -> dict:
         costs[f"bert-large, {examples} x {length}"] = hook_cost(bert, {"input_ids": ids, "labels": labels}, 5)
     del bert
     llama = build(transformers.LlamaConfig(**LLAMAS["llama-7b"]), transformers.LlamaForCausalLM)
-    ids = torch.randint(32000, (1, 512), device="cuda")
-    costs["llama-7b, 1 x 512"] = hook_cost(llama, {"input_ids": ids, "labels": ids}, 2)
+    for examples in (1, 4):
+        ids = torch.randint(32000, (examples, 512), device="cuda")
+        costs[f"llama-7b, {examples} x 512"] = hook_cost(llama, {"input_ids": ids, "labels": ids}, 2)
     return costs
 
 

@@ -105,10 +105,12 @@ def memory_section() -> str:
         cells = [label, f"{row['weights'] / 1e9:.2f} G", f"{row['peak_bytes'] / 1e9:.1f}"]
         cells += [f"{row['peak_bytes_a_weight']:.2f}", f"{row['predicted']['total']:.2f}"]
         lines.append(f"| {' | '.join(cells)} | {statistics.median(row['seconds']):.2f} |")
-    took, spread = report["hooks"]["milliseconds"], report["hooks"]["spread"]["packed"]
-    about = "Packing in the backward pass of BERT-large (32 x 128, limited by the host)"
-    about += f": {took['packed']:.1f} ms ({spread[0]:.1f} .. {spread[1]:.1f}) instead of {took['plain']:.1f}"
-    return "\n".join([*lines, "", f"{about}. {report['machine']['device']}, commit {report['commit']}."])
+    lines += ["", "| backward pass, bfloat16, p = 0.1 | plain, ms | packing, ms | ratio |", "| --- | --- | --- | --- |"]
+    for label, row in report["hooks"].items():
+        times = (f"{row['milliseconds'][k]:.1f} ({row['spread'][k][0]:.1f} .. {row['spread'][k][1]:.1f})"
+                 for k in ("plain", "packed"))  # fmt: skip
+        lines.append(f"| {label} | {' | '.join(times)} | {row['ratio']:.2f} |")
+    return "\n".join([*lines, "", f"{report['machine']['device']}, commit {report['commit']}."])
 
 
 def overlap_section() -> str:

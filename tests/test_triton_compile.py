@@ -45,7 +45,7 @@ BUDGET = 72  # registers a thread, measured: up to here the updates reach the co
 CHILD_BUDGET = 40  # D waits for words before it loads, and lives from many programs at a time (54: 2.13 ms, 40: 1.99)
 
 
-def build(kernel, signature, constants, capability, num_warps, tmp_path, aligned=(), num_stages=3):
+def build(kernel, signature, constants, capability, num_warps, tmp_path, aligned=(), num_stages=3, fused=False):
     """Compile a kernel, for arguments at 16-byte boundaries where named; return its PTX and its resource usage."""
     names = kernel.arg_names
     source = ASTSource(
@@ -54,7 +54,7 @@ def build(kernel, signature, constants, capability, num_warps, tmp_path, aligned
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fused}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
@@ -208,7 +208,7 @@ def test_fisher_linear(capability, d, kind, tmp_path):
         signature = {"total": "*fp32", "d": f"*{d}", "x": f"*{d}", "x_example": "i32", "x_position": "i32"}
         signature |= FISHER_SIZES
         divisible = () if kind == "unaligned" else set(signature) - {"examples", "positions"}
-        options = dict(aligned=divisible, num_stages=tile.num_stages)
+        options = dict(aligned=divisible, num_stages=tile.num_stages, fused=True)
         kernel = triton_fisher_linear._fisher_linear_kernel
         ptx, usage = build(kernel, signature, constants, capability, tile.num_warps, tmp_path, **options)
         assert_no_spills(usage, 255)
@@ -226,5 +226,5 @@ def test_fisher_columns(capability, has, tmp_path):
     constants = dict(INTERPRET=False, ROWS=128, COLUMNS=triton_fisher_linear._COLUMN_TILE)
     constants |= {} if has else dict.fromkeys(given)
     kernel = triton_fisher_linear._fisher_columns_kernel
-    _, usage = build(kernel, signature | (given if has else {}), constants, capability, 4, tmp_path)
+    _, usage = build(kernel, signature | (given if has else {}), constants, capability, 4, tmp_path, fused=True)
     assert_no_spills(usage, 128)

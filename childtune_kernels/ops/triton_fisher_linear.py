@@ -1,7 +1,8 @@
 """Eq. 10 of a linear layer in Triton: per-example weight gradients that exist only as accumulators.
 
 One loop over (example, step along the positions), as in a plain product; where an example ends, the tile of its
-gradient is squared into a second accumulator. It costs a weight gradient's arithmetic and no memory.
+gradient is squared into a second accumulator. It costs a weight gradient's arithmetic and no memory. Sums in tiles have
+the order of the tiles, not one for every implementation, so multiply-adds may be fused here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import reference
-from .triton_launch import INTERPRET, OPTIONS, on_device
+from .triton_launch import INTERPRET, on_device
 from .triton_rounding import widened
 
 
@@ -148,6 +149,7 @@ def _fisher_columns_kernel(
 _COLUMN_TILE = 16  # one 32-byte sector of 16-bit values: many programs, since BERT's norms have but 1024 columns
 
 _BAND = 8
+_HOPPER_SHARED = 200 << 10  # bytes: GPUs with less multiply 8 columns at a time, and 256 at once spill there
 
 
 class Tile(NamedTuple):
@@ -167,18 +169,19 @@ def tile(
 
     Not ``aligned`` to 16 bytes, elements are read one by one, and an address each spills from any but a small tile.
 
-    H200, bfloat16, against the plain weight gradient: 32 x 128 x 4096 x 1024 takes 1.73 with 128 x 128 x 128 and 3
-    stages, 1.92 with 64 positions and 4 stages, 2.24 with 2 stages, 1.82 through tensor descriptors; 1024 x 1024 takes
-    2.1 with that tile, which makes 64 programs for 132 multiprocessors, 1.42 with 64 rows. float32 takes 1.25 to 1.35;
-    three TF32 products instead of IEEE arithmetic took 1.8.
+    H200, bfloat16, against the plain weight gradient: 32 x 128 x 4096 x 1024 takes 1.63 with 64 x 256 x 64 and 4
+    stages (1.77 where squares are not added by fused multiply-adds), 1.71 with 128 x 128 x 128 and 3 stages, 1.76 with
+    64 x 128 x 64, 2.86 with 128 x 256 x 64, which spills. 16 x 128 x 1024 x 1024 takes 2.0 with that tile, which makes
+    64 programs for 132 multiprocessors, 1.21 with 64 x 64 x 128. float32 takes 1.25 to 1.35; three TF32 products
+    instead of IEEE arithmetic took 1.8.
     """
     if not aligned:
         return Tile(64, 64, 16, 4, 2)
     if dtype == torch.float32:
         return Tile(64, 64, 32, 4, 3)
-    step = 128 if positions % 128 == 0 and shared >= 3 * 128 * (128 + 128) * 2 else 64
-    few = triton.cdiv(rows, 128) * triton.cdiv(columns, 128) < processors
-    return Tile(64, 128, step, 4, 3) if few else Tile(128, 128, step, 8, 3)
+    if triton.cdiv(rows, 64) * triton.cdiv(columns, 256) < processors:
+        return Tile(64, 64, 128 if positions % 128 == 0 else 64, 4, 3)
+    return Tile(64, 256, 64, 8, 4) if shared >= _HOPPER_SHARED else Tile(128, 128, 64, 8, 3)
 
 
 def fisher_linear_(total, d, x) -> None:
@@ -197,7 +200,7 @@ def fisher_linear_(total, d, x) -> None:
         _fisher_linear_kernel[(triton.cdiv(n_rows, size.rows) * triton.cdiv(n_columns, size.columns),)](
             total, d, x, examples, positions, n_rows, n_columns, *strides,
             EVEN=even, INTERPRET=INTERPRET, ROWS=size.rows, COLUMNS=size.columns, STEP=size.step, BAND=_BAND,
-            num_warps=size.num_warps, num_stages=size.num_stages, **OPTIONS,
+            num_warps=size.num_warps, num_stages=size.num_stages,
         )  # fmt: skip
 
 
@@ -211,7 +214,7 @@ def fisher_columns_(total, d, factor=None, plain_total=None) -> None:
     with on_device(d.device):
         _fisher_columns_kernel[(triton.cdiv(n_columns, _COLUMN_TILE),)](
             total, plain_total, d, factor, examples, positions, n_columns, d.stride(0), d.stride(1), *strides,
-            INTERPRET=INTERPRET, ROWS=128, COLUMNS=_COLUMN_TILE, num_warps=4, **OPTIONS,
+            INTERPRET=INTERPRET, ROWS=128, COLUMNS=_COLUMN_TILE, num_warps=4,
         )  # fmt: skip
 
 

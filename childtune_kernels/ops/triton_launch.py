@@ -42,11 +42,14 @@ class Layout(NamedTuple):
     launches: tuple[Launch, ...]
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=1024)
 def layout(
     device: torch.device, block: int, numels: tuple[int, ...], dtypes: tuple[tuple[torch.dtype, ...], ...]
 ) -> Layout:
-    """Lay the blocks of a list of tensors out, one launch a combination of dtypes. Cached: shapes seldom change."""
+    """Lay the blocks of a list of tensors out, one launch a combination of dtypes. Cached: shapes seldom change.
+
+    Making one waits for the device. A pass that packs a 7B model's gradients takes some 290 of them, up to 16 KB each.
+    """
     kinds = list(dict.fromkeys(dtypes))
     ranks = [kinds.index(d) for d in dtypes]
     order = sorted(range(len(numels)), key=ranks.__getitem__)
