@@ -149,7 +149,7 @@ def _fisher_columns_kernel(
 _COLUMN_TILE = 16  # one 32-byte sector of 16-bit values: many programs, since BERT's norms have but 1024 columns
 
 _BAND = 8
-_HOPPER_SHARED = 200 << 10  # bytes: GPUs with less multiply 8 columns at a time, and 256 at once spill there
+_HOPPER_SHARED = 200 << 10  # bytes; GPUs with less have no wgmma, and tiles of 256 columns spill there
 
 
 class Tile(NamedTuple):
@@ -181,7 +181,7 @@ def tile(
         return Tile(64, 64, 32, 4, 3)
     if triton.cdiv(rows, 64) * triton.cdiv(columns, 256) < processors:
         return Tile(64, 64, 128 if positions % 128 == 0 else 64, 4, 3)
-    return Tile(64, 256, 64, 8, 4) if shared >= _HOPPER_SHARED else Tile(128, 128, 64, 8, 3)
+    return Tile(64, 256, 64, 8, 4) if shared >= _HOPPER_SHARED else Tile(64, 128, 64, 4, 3)
 
 
 def fisher_linear_(total, d, x) -> None:
