@@ -58,8 +58,8 @@ def fisher() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             d = torch.randn(b, t, o, device="cuda").to(dtype)
             kernels.fisher_linear_(torch.zeros(o, i, device="cuda"), d, torch.randn(b, t, i, device="cuda").to(dtype))
-            totals = [torch.zeros(o, device="cuda") for _ in range(2)]
-            kernels.fisher_columns_(totals, [d, d], [torch.randn(b, t, o, device="cuda"), None])
+            plain = torch.zeros(o, device="cuda")
+            kernels.fisher_columns_(torch.zeros(o, device="cuda"), d, torch.randn(b, t, o, device="cuda"), plain)
 
 
 if __name__ == "__main__":

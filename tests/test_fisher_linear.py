@@ -57,12 +57,12 @@ def test_columns(shape, dtype, place):
     factor = torch.randn(shape, generator=draw).to(place.device)
     scaled, plain = torch.rand(2, shape[2], device=place.device).unbind()
     want = [s.double().cpu() for s in (scaled, plain)]
-    place.kernels.fisher_columns_([scaled, plain], [d, d], [factor, None])
+    place.kernels.fisher_columns_(scaled, d, factor, plain)
     want[0] = want[0] + (d.double().cpu() * factor.double().cpu()).sum(1).square().sum(0)
     want[1] = want[1] + d.double().cpu().sum(1).square().sum(0)
     assert relative(scaled, want[0]) < 1e-5 and relative(plain, want[1]) < 1e-5
     alone = torch.zeros(shape[2], device=place.device)
-    place.kernels.fisher_columns_([alone], [d], [None])
+    place.kernels.fisher_columns_(alone, d)
     assert relative(alone, d.double().cpu().sum(1).square().sum(0)) < 1e-5
 
 
@@ -72,7 +72,7 @@ def test_nothing_to_add(shape, place):
     total, column = torch.ones(o, i, device=place.device), torch.ones(o, device=place.device)
     d = torch.ones(b, t, o, device=place.device)
     place.kernels.fisher_linear_(total, d, torch.ones(b, t, i, device=place.device))
-    place.kernels.fisher_columns_([column], [d], [None])
+    place.kernels.fisher_columns_(column, d)
     assert bool((total == 1).all()) and bool((column == 1).all())
 
 

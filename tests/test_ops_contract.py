@@ -64,9 +64,10 @@ OTHERS = {
         torch.randn(2, 3, 5, device=device),
     ),
     "fisher_columns_": lambda device: (
-        [torch.zeros(4, device=device), torch.zeros(5, device=device)],
-        [torch.randn(2, 3, 4, device=device), torch.randn(1, 2, 5, device=device)],
-        [torch.randn(2, 3, 4, device=device), None],
+        torch.zeros(4, device=device),
+        torch.randn(2, 3, 4, device=device),
+        torch.randn(2, 3, 4, device=device),
+        torch.zeros(4, device=device),
     ),
     "bernoulli_bits": lambda device: (70, -(2**63), 2**24 - 1, 0.3, 0, 2**34, torch.device(device)),
     "score_histogram": lambda device: (

@@ -219,14 +219,12 @@ def test_fisher_linear(capability, d, kind, tmp_path):
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("factor", [None, FP32], ids=["alone", "factor"])
-def test_fisher_columns(capability, factor, tmp_path):
-    constants = dict(
-        DTYPE=BF16, FACTOR_DTYPE=factor, ALIGNED=True, INTERPRET=False, ROWS=128,
-        COLUMNS=triton_fisher_linear._COLUMN_TILE,
-    )  # fmt: skip
+@pytest.mark.parametrize("has", [False, True], ids=["alone", "factor"])
+def test_fisher_columns(capability, has, tmp_path):
+    given = {"plain_total": "*fp32", "factor": "*fp32"}
+    signature = {"total": "*fp32", "d": "*bf16", "factor_example": "i32", "factor_position": "i32"} | FISHER_SIZES
+    constants = dict(INTERPRET=False, ROWS=128, COLUMNS=triton_fisher_linear._COLUMN_TILE)
+    constants |= {} if has else dict.fromkeys(given)
     kernel = triton_fisher_linear._fisher_columns_kernel
-    signature = {"table": "*i64", "n": "i32"}
-    ptx, usage = build(kernel, signature, constants, capability, 4, tmp_path, fused=True)
+    _, usage = build(kernel, signature | (given if has else {}), constants, capability, 4, tmp_path, fused=True)
     assert_no_spills(usage, 128)
-    assert "ld.global.v4.b32" in ptx

@@ -38,7 +38,7 @@ def borrowed(model: nn.Module, training: bool):
 
 @contextlib.contextmanager
 def _without_checkpointing():
-    """Let torch.utils.checkpoint call its function and no more: a recomputation happens outside the tape."""
+    """Let torch.utils.checkpoint call its function and no more: a recomputation happens outside the tape's mode."""
     before = {name: getattr(checkpointing, name) for name in _DIRECT}
     for name, replacement in _DIRECT.items():
         setattr(checkpointing, name, replacement)

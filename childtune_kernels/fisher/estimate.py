@@ -130,7 +130,7 @@ class _Exact:
         self.losses = losses
         self.graph = graph
         self.captured: _Captured | None = None
-        self.all = dict(losses.model.named_parameters())
+        self.ids = {id(p): name for name, p in losses.model.named_parameters()}
         self.unruled: dict[str, str] = {}
         self.layout: Layout = {}
         self.sums = _zeros(params)
@@ -155,7 +155,7 @@ class _Exact:
             both = take(first, [0, min(1, examples - 1)], examples)
             tapes = []
             for batch, size in ((pair[0], 1), (both, 2)):
-                tapes.append(Tape(self.all, self.params.keys(), size, self.unruled))
+                tapes.append(Tape(self.ids, self.params.keys(), size, self.unruled))
                 with tapes[-1]:
                     self.losses(batch, true_labels=True)
         self.layout = find_layout(*tapes, self.unruled)
@@ -198,7 +198,7 @@ class _Exact:
 
     def add_batched(self, batch: Any, sums: dict[str, Tensor], loss: Callable[[Any], Tensor]) -> int:
         known = set(self.unruled)
-        tape = Tape(self.all, self.params.keys(), count_examples(batch), self.unruled, self.layout, sums)
+        tape = Tape(self.ids, self.params.keys(), count_examples(batch), self.unruled, self.layout, sums)
         with tape:
             losses = loss(batch)
         require("per_example_loss", f"{len(losses)} losses", len(losses) == tape.examples,

@@ -24,7 +24,7 @@ def _linear(tape, func, input, weight, bias=None):
         return uses + ([Bias(bias.shape, tape.examples, dims[1])] if bias is not None else [])
 
     x = tape.cast(input)
-    return tape.call(func, (x, weight, bias), (weight, bias), x, make)
+    return tape.call(func, (x, weight, bias), {}, (weight, bias), x, make)
 
 
 def _addmm(tape, func, bias, input, weight, *, beta=1, alpha=1):
@@ -42,7 +42,7 @@ def _addmm(tape, func, bias, input, weight, *, beta=1, alpha=1):
     x = tape.cast(input)
     if tape.layout is not None and tape.layout.get((tape.name(weight), tape.counts[tape.name(weight)])) == (-1, -1):
         return NotImplemented  # the input is not where `call` would expand it
-    return tape.call(_reordered_addmm, (x, weight, bias), (weight, bias), x, make)
+    return tape.call(_reordered_addmm, (x, weight, bias), {}, (weight, bias), x, make)
 
 
 def _reordered_addmm(x, weight, bias):
@@ -57,7 +57,7 @@ def _matmul(tape, func, input, other):
         return [Product(other.shape, tape.examples, dims[1], x=x, x_dim=dims[0], transposed=True)]
 
     x = tape.cast(input)
-    return tape.call(func, (x, other), (other,), x, make)
+    return tape.call(func, (x, other), {}, (other,), x, make)
 
 
 def _einsum(tape, func, equation, *operands):
@@ -77,7 +77,7 @@ def _einsum(tape, func, equation, *operands):
         return [_einsum_use(tape, weight, x, dims, left, right, result)]
 
     x = tape.cast(operands[0])
-    return tape.call(_swapped_einsum, (x, equation, weight), (weight,), x, make)
+    return tape.call(_swapped_einsum, (x, equation, weight), {}, (weight,), x, make)
 
 
 def _swapped_einsum(x, equation, weight):
@@ -111,7 +111,7 @@ def _embedding(
     def make(ids, dims):
         return [Lookup(weight.shape, tape.examples, dims[1], ids=ids, ids_dim=dims[0], padding_idx=row)]
 
-    return tape.call(func, (input, weight, padding_idx), (weight,), input, make)
+    return tape.call(func, (input, weight, padding_idx), {}, (weight,), input, make)
 
 
 def _layer_norm(tape, func, input, normalized_shape, weight=None, bias=None, eps=1e-5):
@@ -133,7 +133,7 @@ def _norm(tape, func, input, normalized_shape, weight, bias, normalise, rest):
         return weights + ([Elementwise(bias.shape, tape.examples, dims[1])] if bias is not None else [])
 
     affine = (weight, bias) if func is F.layer_norm else (weight,)
-    return tape.call(func, (input, normalized_shape, *affine, *rest), (weight, bias), input, make)
+    return tape.call(func, (input, normalized_shape, *affine, *rest), {}, (weight, bias), input, make)
 
 
 def _conv2d(tape, func, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
@@ -146,12 +146,12 @@ def _conv2d(tape, func, input, weight, bias=None, stride=1, padding=0, dilation=
         return uses + ([Bias(bias.shape, tape.examples, dims[1], axis=-3)] if bias is not None else [])
 
     x = tape.cast(input)
-    return tape.call(func, (x, weight, bias, stride, padding, dilation, 1), (weight, bias), x, make)
+    return tape.call(func, (x, weight, bias, stride, padding, dilation, 1), {}, (weight, bias), x, make)
 
 
-def _broadcast(tape, func, a, b, **options):
+def _broadcast(tape, func, a, b):
     """Addition and multiplication of a parameter and something else."""
-    if options or (tape.name(a) and tape.name(b)):
+    if tape.name(a) and tape.name(b):
         return NotImplemented
     param, other = (a, b) if tape.name(a) else (b, a)
 
@@ -160,14 +160,14 @@ def _broadcast(tape, func, a, b, **options):
             return [Elementwise(param.shape, tape.examples, dims[1])]
         return [Scale(param.shape, tape.examples, dims[1], other=torch.as_tensor(other))]
 
-    return tape.call(func, (a, b), (param,), None, make)
+    return tape.call(func, (a, b), {}, (param,), None, make)
 
 
 def _expand(tape, func, param, *sizes):
     def make(_, dims):
         return [Elementwise(param.shape, tape.examples, dims[1])]
 
-    return tape.call(func, (param, *sizes), (param,), None, make)
+    return tape.call(func, (param, *sizes), {}, (param,), None, make)
 
 
 _SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)

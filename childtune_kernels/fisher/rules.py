@@ -7,7 +7,6 @@ which never holds more than a few G_j; one used several times sums the uses' G_j
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -46,6 +45,10 @@ class Use:
         """Add sum_j G_j**2 (one batch of Eq. 10) to ``total``."""
         accumulate_uses_(total, [self])
 
+    def accumulate_with_bias_(self, total: Tensor, bias_total: Tensor) -> bool:
+        """Do so for the output's bias too, where one launch serves both; return whether it did."""
+        return False
+
 
 def accumulate_uses_(total: Tensor, uses: list[Use]) -> None:
     """Add sum_j (sum over uses of G_j)**2: the square comes after the sum, a few examples at a time."""
@@ -63,29 +66,9 @@ def accumulate_uses_(total: Tensor, uses: list[Use]) -> None:
     return None
 
 
-def accumulate_columns_(totals: list[Tensor], uses: list[Elementwise]) -> None:
-    """Add sum_j G_j**2 of many shifts and scales, in as few launches as their dtypes allow."""
-    together = []
-    for total, use in zip(totals, uses, strict=True):
-        if (columns := use.columns()) is None:
-            accumulate_uses_(total, [use])
-        else:
-            together.append((total.view(-1), *columns))
-    if together:
-        kernels = ops.implementation("auto", together[0][0].device.type)
-        kernels.fisher_columns_(*map(list, zip(*together, strict=True)))
-
-
 def by_example(tensor: Tensor, dim: int, examples: int) -> Tensor:
     """Return [B, ..., r, ...] where ``dim`` has length B * r, examples first; the other dimensions keep their order."""
     return tensor.unflatten(dim, (examples, -1)).movedim(dim, 0)
-
-
-def positions(tensor: Tensor, dim: int, examples: int, trailing: int = 1) -> Tensor:
-    """Return [B, T, n]: the last ``trailing`` dimensions as one, and those that are not over examples as another."""
-    if dim == 0:  # the usual case, in one call: views cost the host as much as launches
-        return tensor.reshape(examples, -1, math.prod(tensor.shape[-trailing:]))
-    return by_example(tensor, dim, examples).flatten(-trailing).flatten(1, -2)
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -117,8 +100,10 @@ class Product(Use):
 
     def operands(self) -> tuple[Tensor, Tensor]:
         """Return D [B, T, O] and x [B, T, I]."""
-        d = positions(self.grad, self.out_dim, self.examples, self.outer)
-        return d, positions(self.x, self.x_dim, self.examples, self.inner).to(d.dtype)
+        d = by_example(self.grad, self.out_dim, self.examples).flatten(-self.outer)
+        x = by_example(self.x, self.x_dim, self.examples).flatten(-self.inner)
+        x = x.to(d.dtype)
+        return d.flatten(1, -2), x.flatten(1, -2)
 
     def per_example(self, lo, hi):
         d, x = (wide(part[lo:hi]) for part in self.operands())
@@ -190,8 +175,13 @@ class Elementwise(Use):
         summed = [i + 1 for i, size in enumerate(aligned) if size == 1]
         return (d.sum(summed, keepdim=True) if summed else d).reshape(hi - lo, *self.shape)
 
-    def accumulate_(self, total):
-        accumulate_columns_([total], [self])
+    def accumulate_(self, total, plain_total=None):
+        columns = self.columns()
+        if columns is None:
+            accumulate_uses_(total, [self])
+        else:
+            plain = None if plain_total is None else plain_total.view(-1)
+            ops.implementation("auto", total.device.type).fisher_columns_(total.view(-1), *columns, plain)
 
 
 @dataclass
@@ -202,8 +192,6 @@ class Bias(Elementwise):
     rule: ClassVar[str] = "bias"
 
     def columns(self):
-        if self.axis == -1:
-            return dense(positions(self.grad, self.out_dim, self.examples)), None
         d = by_example(self.grad, self.out_dim, self.examples).movedim(self.axis, -1)
         return dense(d.flatten(1, -2)), None
 
@@ -232,6 +220,10 @@ class Norm(Elementwise):
 
     def factor(self):
         return self.normalise(wide(self.x))
+
+    def accumulate_with_bias_(self, total, bias_total):
+        self.accumulate_(total, bias_total)
+        return True
 
 
 @dataclass

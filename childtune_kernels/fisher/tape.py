@@ -1,7 +1,6 @@
-"""What a model does with its parameters: while it runs, their class is one that hears of every call that takes them.
+"""What a model does with its parameters, seen from outside: a torch function mode, so nothing is set on the model.
 
-Other calls cost nothing more (a torch function mode would hear of all: 7 us each). Parameters are constants to autograd
-meanwhile, so no weight gradient is computed and `.grad` stays as it is.
+Inside the mode a parameter is a constant to autograd, so no weight gradient is computed and `.grad` stays as it is.
 Calls that use one (F.linear, einsum, a raw parameter added or multiplied ...) have a handler that records the use; a
 call without one makes its parameters `unruled`, to be treated one example at a time by `estimate`.
 """
@@ -13,34 +12,22 @@ from collections.abc import Callable, Collection
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from . import rules
 from .handlers import HANDLERS
-from .rules import Elementwise, Use
-
-TOGETHER = 32 << 20  # bytes of gradients that wait for one launch
+from .rules import Use
 
 # (name, which use of it) -> the dimensions of (input, output) that go over examples; -1: none does
 Layout = dict[tuple[str, int], tuple[int, int]]
 
 
-class _Watched(nn.Parameter):
-    """What a parameter is inside a `Tape`."""
-
-    tape: Tape | None = None
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        with torch._C.DisableTorchFunctionSubclass():
-            return cls.tape.hear(func, args, kwargs or {})
-
-
-class Tape:
-    """Records uses in its context; with ``totals``, squares and sums each when the backward pass has reached it.
+class Tape(TorchFunctionMode):
+    """Records uses; with ``totals``, squares and sums each as soon as the backward pass reaches it.
 
     Args:
-        params: name -> parameter, of all parameters of the model; of a class of its own one is `unruled`.
+        names: id(parameter) -> name, of all parameters of the model.
         wanted: the names to estimate; others are constants and no more.
         examples: B, the number of examples in the batch.
         layout: from `find_layout`; None records shapes only.
@@ -50,15 +37,15 @@ class Tape:
 
     def __init__(
         self,
-        params: dict[str, Tensor],
+        names: dict[int, str],
         wanted: Collection[str],
         examples: int,
         unruled: dict[str, str],
         layout: Layout | None = None,
         totals: dict[str, Tensor] | None = None,
     ):
-        self.plain = [p for p in params.values() if type(p) is nn.Parameter]
-        self.names = {id(p): name for name, p in params.items()}
+        super().__init__()
+        self.names = names
         self.wanted = wanted
         self.examples = examples
         self.unruled = unruled
@@ -68,36 +55,30 @@ class Tape:
         self.anchors: dict[torch.device, Tensor] = {}
         self.uses: dict[str, list[Use]] = defaultdict(list)
         self.counts: dict[str, int] = defaultdict(int)
-        self.waiting: dict[str, Elementwise] = {}
-        self.waiting_bytes = 0
+        self.waiting: dict[str, int] = {}
         self.rules: dict[str, str] = {}
-        for name, param in params.items():
-            if type(param) is not nn.Parameter and name in wanted:
-                unruled.setdefault(name, f"a parameter of class {type(param).__name__}")
 
-    def __enter__(self) -> Tape:
-        _Watched.tape = self
-        for param in self.plain:
-            param.__class__ = _Watched
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for param in self.plain:
-            param.__class__ = nn.Parameter
-        _Watched.tape = None
-
-    def hear(self, func, args: tuple, kwargs: dict):
-        """Answer a call that takes parameters, whose class does not count here."""
-        used = _watched((*args, *kwargs.values()))
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        names = self.names
+        for value in args:
+            if id(value) in names or type(value) in (list, tuple):
+                break
+        else:
+            if not kwargs or not any(id(value) in names for value in kwargs.values()):
+                return func(*args, **kwargs)
+        used = [value for value in _flat((args, kwargs.values())) if id(value) in names]
+        if not used:
+            return func(*args, **kwargs)
         handler = HANDLERS.get(func)
         if handler is not None and any(map(self.active, used)):
             result = handler(self, func, *args, **kwargs)
             if result is not NotImplemented:
                 return result
-        result = func(*map(_constant, args), **_constant(kwargs))
+        result = func(*_detached(args, names), **_detached(kwargs, names))
         if isinstance(result, (Tensor, tuple, list)) and not isinstance(result, torch.Size):
             for param in filter(self.active, used):
-                self.unruled.setdefault(self.names[id(param)], f"no rule for {getattr(func, '__name__', func)}")
+                self.unruled.setdefault(names[id(param)], f"no rule for {getattr(func, '__name__', func)}")
         return result
 
     # ---- for handlers -----------------------------------------------------------------------------------------------
@@ -111,7 +92,7 @@ class Tape:
         name = self.names[id(param)]
         return name in self.wanted and name not in self.unruled
 
-    def call(self, func, args: tuple, params: tuple, x: Tensor | None, make: Callable[..., list[Use]]):
+    def call(self, func, args: tuple, kwargs: dict, params: tuple, x: Tensor | None, make: Callable[..., list[Use]]):
         """Run ``func`` on constants and record the uses of ``params`` that ``make(x, dims)`` describes.
 
         Args:
@@ -119,8 +100,9 @@ class Tape:
             params: the parameters used, in the order of ``make``'s result; None stands for an absent one.
             make: given the input as used and (input, output) dimensions over examples; one `Use` a parameter.
         """
-        active = [self.names[id(p)] if self.active(p) else None for p in params if p is not None]
-        keys = [(name, self.counts[name]) for name in active if name]
+        present = [p for p in params if p is not None]
+        watched = [self.names[id(p)] if self.active(p) else None for p in present]
+        keys = [(name, self.counts[name]) for name in watched if name]
         for name, _ in keys:
             self.counts[name] += 1
         dims = None
@@ -135,12 +117,12 @@ class Tape:
                 x = x.expand(self.examples, *x.shape[1:])
                 args = (x, *args[1:])
                 dims = (0, 0)
-        out = func(*map(_constant, args))
+        out = func(*_detached(args, self.names), **_detached(kwargs, self.names))
         if self.layout is None:
             for key in keys:
                 self.shapes[key] = (torch.Size() if x is None else x.shape, out.shape)
             return out
-        uses = {name: use for name, use in zip(active, make(x, dims), strict=True) if name}
+        uses = {name: use for name, use in zip(watched, make(x, dims), strict=True) if name}
         for name, use in uses.items():
             self.uses[name].append(use)
         if not torch.is_grad_enabled():
@@ -159,7 +141,7 @@ class Tape:
     def cast(self, x: Tensor) -> Tensor:
         """Return a product's input as autocast will have it, so that it is cast once and kept in that form."""
         kind = x.device.type
-        if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+        if x.is_floating_point() and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
             return x.to(torch.get_autocast_dtype(kind))
         return x
 
@@ -167,17 +149,18 @@ class Tape:
 
     def receive(self, uses: dict[str, Use], grad: Tensor) -> None:
         """Take D of one output. A parameter is done when all its uses are; most have one."""
-        for name, use in uses.items():
+        for use in uses.values():
             use.grad = grad
-            if len(self.uses[name]) > 1:
-                continue
-            if isinstance(use, Elementwise):
-                self.waiting[name] = use
-                self.waiting_bytes += grad.nbytes
-            else:
-                self.finish(name)
-        if self.waiting_bytes >= TOGETHER:
-            self.finish_waiting()
+        done = [name for name in uses if len(self.uses[name]) == 1]
+        if len(done) == 2:
+            first, second = (self.totals[name] for name in done)
+            if uses[done[0]].accumulate_with_bias_(first, second):
+                for name in done:
+                    self.rules[name] = uses[name].rule
+                    self.uses.pop(name)[0].__dict__.clear()
+                return
+        for name in done:
+            self.finish(name)
 
     def backward(self, losses: Tensor) -> None:
         """Differentiate the sum of the losses and accumulate every parameter's squares into ``totals``."""
@@ -185,18 +168,8 @@ class Tape:
             if losses.requires_grad:
                 torch.autograd.grad(losses.sum(), list(self.anchors.values()), allow_unused=True)
             with torch.no_grad():
-                self.finish_waiting()
                 for name in list(self.uses):
                     self.finish(name)
-
-    def finish_waiting(self) -> None:
-        """Accumulate the shifts and scales that wait, in one launch: one each takes longer than the rest of a hook."""
-        waiting, self.waiting, self.waiting_bytes = self.waiting, {}, 0
-        rules.accumulate_columns_([self.totals[name] for name in waiting], list(waiting.values()))
-        for name, use in waiting.items():
-            self.rules[name] = use.rule
-            self.uses.pop(name)
-            use.__dict__.clear()
 
     def finish(self, name: str) -> None:
         """Accumulate a parameter's uses and let go of what they held."""
@@ -229,24 +202,17 @@ def find_layout(one: Tape, two: Tape, unruled: dict[str, str]) -> Layout:
     return layout
 
 
-def _watched(values) -> list[Tensor]:
-    """Return the parameters among a call's arguments, at any depth."""
-    found = []
+def _flat(values):
     for value in values:
-        if type(value) is _Watched:
-            found.append(value)
-        elif type(value) in (list, tuple):
-            found += _watched(value)
-    return found
+        if type(value) in (list, tuple) or type(value) is type({}.values()):
+            yield from _flat(value)
+        else:
+            yield value
 
 
-def _constant(value):
-    """Return an argument with parameters, at any depth, replaced by what autograd takes for constants."""
-    kind = type(value)
-    if kind is _Watched:
-        return value.detach()
-    if kind is list or kind is tuple:
-        return kind([_constant(v) for v in value])
-    if kind is dict:
-        return {k: _constant(v) for k, v in value.items()}
-    return value
+def _detached(value, names: dict[int, str]):
+    if type(value) in (list, tuple):
+        return type(value)([_detached(v, names) for v in value])
+    if type(value) is dict:
+        return {k: _detached(v, names) for k, v in value.items()}
+    return value.detach() if id(value) in names else value

@@ -42,8 +42,8 @@ _LOW_PRECISION = "Tensor(e!)[] companions, int[] rounding_keys, "
 # companions    empty, or one a parameter, like its moments: float32, the master that a 16-bit weight is a copy of; or
 #               of its dtype, the compensation that it lacks; or [0]: none
 # rounding_keys empty, or signed 64-bit stream keys: 16-bit weights without a companion are rounded stochastically
-# total, totals float32 [O, I] or [O], float64 beside float64; d [B, T, O], x [B, T, I], factor [B, T, O] or None: any
-#               strides but the last dimension's
+# total         float32 [O, I] or [O], float64 beside float64; d [B, T, O], x [B, T, I], factor [B, T, O]: any strides
+#               but the last dimension's; plain_total: [O], the same without factor
 # keys          signed 64-bit stream keys; mask_words: int32 [ceil(numel / 32)], or [0] for the whole tensor
 # scores        like params; thresholds: one a tensor; digits: how many bits of the keys one histogram tells apart
 SCHEMAS = {
@@ -54,7 +54,7 @@ SCHEMAS = {
     "gather_child_": "(Tensor(a!)[] packed, Tensor[] grads, Tensor[] indices, bool add) -> ()",
     "square_accumulate_": "(Tensor(a!)[] accumulators, Tensor[] grads, float scale) -> ()",
     "fisher_linear_": "(Tensor(a!) total, Tensor d, Tensor x) -> ()",
-    "fisher_columns_": "(Tensor(a!)[] totals, Tensor[] ds, Tensor?[] factors) -> ()",
+    "fisher_columns_": "(Tensor(a!) total, Tensor d, Tensor? factor=None, Tensor(b!)? plain_total=None) -> ()",
     "bernoulli_bits": "(int numel, int key, int step, float p, int domain, int offset, Device device) -> Tensor",
     "score_histogram": "(Tensor[] scores, int[] firsts, int shift, int digits) -> Tensor",
     "threshold_bits": "(Tensor[] scores, float[] thresholds, int[] tie_ends, bool lowest=False) -> Tensor",
@@ -177,18 +177,15 @@ def _gather_child(packed, grads, indices, add):
 
 
 def _fisher_linear(total, d, x):
-    checks.check_fisher(total, d, x, (d.shape[-1], x.shape[-1]))
+    checks.check_fisher(total, d, x, None, (d.shape[-1], x.shape[-1]))
     implementation("auto", total.device.type).fisher_linear_(total, d, x)
     mark_written([total])
 
 
-def _fisher_columns(totals, ds, factors):
-    checks.check_lengths(totals=totals, ds=ds, factors=factors)
-    for total, d, factor in zip(totals, ds, factors, strict=True):
-        checks.check_fisher(total, d, factor, (d.shape[-1],))
-    if totals:
-        implementation("auto", totals[0].device.type).fisher_columns_(totals, ds, factors)
-        mark_written(totals)
+def _fisher_columns(total, d, factor=None, plain_total=None):
+    checks.check_fisher(total, d, factor, plain_total, (d.shape[-1],))
+    implementation("auto", total.device.type).fisher_columns_(total, d, factor, plain_total)
+    mark_written([total] if plain_total is None else [total, plain_total])
 
 
 def _bernoulli_bits(numel, key, step, p, domain, offset, device):

@@ -179,15 +179,9 @@ def check_gather(packed: Sequence[Tensor], grads: Sequence[Tensor], indices: Seq
             raise RuntimeError(f"grads[{i}] must have the list's device {grads[0].device}, got {grad.device}")
 
 
-def check_lengths(**lists: list) -> None:
-    """Check that all lists have as many entries as the first."""
-    (first, values), *others = lists.items()
-    for name, other in others:
-        if len(other) != len(values):
-            raise RuntimeError(f"{name} must have {len(values)} entries, as {first}, got {len(other)}")
-
-
-def check_fisher(total: Tensor, d: Tensor, other: Tensor | None, shape: tuple[int, ...]) -> None:
+def check_fisher(
+    total: Tensor, d: Tensor, other: Tensor | None, second_total: Tensor | None, shape: tuple[int, ...]
+) -> None:
     """Check the arguments of `fisher_linear_` and `fisher_columns_` before anything is written."""
     if d.dim() != 3 or (other is not None and (other.dim() != 3 or other.shape[:2] != d.shape[:2])):
         got = f"{tuple(d.shape)} and {None if other is None else tuple(other.shape)}"
@@ -200,11 +194,14 @@ def check_fisher(total: Tensor, d: Tensor, other: Tensor | None, shape: tuple[in
         if tensor is not None and tensor.shape[2] > 1 and tensor.stride(2) != 1:
             raise RuntimeError(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}")
     expected = torch.float64 if d.dtype == torch.float64 else torch.float32
-    if total.dtype != expected or total.shape != shape or not total.is_contiguous() or total.device != d.device:
-        raise RuntimeError(
-            f"total must be a contiguous {expected} tensor of shape {shape} on {d.device}, "
-            f"got {total.dtype} of shape {tuple(total.shape)} on {total.device}"
-        )
+    for name, tensor, own in (("total", total, shape), ("second total", second_total, shape[:1])):
+        if tensor is None:
+            continue
+        if tensor.dtype != expected or tensor.shape != own or not tensor.is_contiguous() or tensor.device != d.device:
+            raise RuntimeError(
+                f"{name} must be a contiguous {expected} tensor of shape {own} on {d.device}, "
+                f"got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+            )
 
 
 def check_stream(numel: int, step: int, p: float, domain: int, offset: int) -> None:

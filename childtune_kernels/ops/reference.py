@@ -359,8 +359,9 @@ def fisher_linear_(total, d, x) -> None:
         total += torch.bmm(d_chunk.mT, x_chunk).square_().sum(0)
 
 
-def fisher_columns_(totals, ds, factors) -> None:
+def fisher_columns_(total, d, factor=None, plain_total=None) -> None:
     """total[o] += sum_b (sum_t d[b, t, o] factor[b, t, o])**2: a scale's, without factor a shift's Eq. 10."""
-    for total, d, factor in zip(totals, ds, factors, strict=True):
-        d = d.to(total.dtype)
-        total += (d if factor is None else d * factor).sum(1).square_().sum(0)
+    d = d.to(total.dtype)
+    total += (d if factor is None else d * factor).sum(1).square_().sum(0)
+    if plain_total is not None:
+        plain_total += d.sum(1).square_().sum(0)

@@ -10,13 +10,12 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from . import reference
-from .triton_launch import INTERPRET, TRITON_DTYPES, on_device, upload
+from .triton_launch import INTERPRET, on_device
 from .triton_rounding import widened
 
 
@@ -91,80 +90,66 @@ def _fisher_linear_kernel(
     tl.store(total_ptr, tl.load(total_ptr, mask=owned, other=0.0) + squares, mask=owned)
 
 
-_TOTAL, _D, _FACTOR, _EXAMPLES, _POSITIONS, _COLUMNS = map(tl.constexpr, range(6))  # fields of the table
-_D_EXAMPLE, _D_POSITION, _FACTOR_EXAMPLE, _FACTOR_POSITION = map(tl.constexpr, range(6, 10))
-
-
-@triton.jit
-def _field(table, n, FIELD: tl.constexpr, ALIGNED: tl.constexpr):
-    value = tl.load(table + FIELD * n + tl.program_id(1))
-    return tl.multiple_of(value, 16) if ALIGNED else value
-
-
-@triton.jit
-def _pointer(table, n, FIELD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    result = _field(table, n, FIELD, False).to(tl.pointer_type(DTYPE))
-    return tl.multiple_of(result, 16) if ALIGNED else result
-
-
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["examples", "positions"])
 def _fisher_columns_kernel(
-    table,
-    n,
-    DTYPE: tl.constexpr,
-    FACTOR_DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    total,
+    plain_total,
+    d,
+    factor,
+    examples,
+    positions,
+    n_columns,
+    d_example,
+    d_position,
+    factor_example,
+    factor_position,
     INTERPRET: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """total[o] += sum_b (sum_t d[b, t, o] factor[b, t, o])**2 for each tensor of the table.
+    """total[o] += sum_b (sum_t d[b, t, o] factor[b, t, o])**2, plain_total the same without factor.
 
-    FACTOR_DTYPE None: there is no factor. ALIGNED promises 16 bytes for pointers, and
-    16 elements for strides and the number of columns.
-
-    grid: (ceil(most columns / COLUMNS), tensors): a column belongs to one program, so that sums have one order
+    grid: (ceil(n_columns / COLUMNS),): a column belongs to one program, so that sums have one order
     """
-    n_columns = _field(table, n, _COLUMNS, ALIGNED)
-    if tl.program_id(0) * COLUMNS >= n_columns:
-        return
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     own = columns < n_columns
     along = tl.arange(0, ROWS)
-    positions = _field(table, n, _POSITIONS, False)
     steps = tl.cdiv(positions, ROWS)
-    all_steps = _field(table, n, _EXAMPLES, False) * steps
-    d = _pointer(table, n, _D, DTYPE, ALIGNED)
-    d_example, d_position = _field(table, n, _D_EXAMPLE, ALIGNED), _field(table, n, _D_POSITION, ALIGNED)
-    if FACTOR_DTYPE is not None:
-        factor = _pointer(table, n, _FACTOR, FACTOR_DTYPE, ALIGNED)
-        factor_example = _field(table, n, _FACTOR_EXAMPLE, ALIGNED)
-        factor_position = _field(table, n, _FACTOR_POSITION, ALIGNED)
-    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    squares = tl.zeros([COLUMNS], tl.float32)
-    for step in range(0, all_steps):
-        example = step // steps
+    scaled = tl.zeros([ROWS, COLUMNS], tl.float32)
+    plain = tl.zeros([ROWS, COLUMNS], tl.float32)
+    scaled_squares = tl.zeros([COLUMNS], tl.float32)
+    plain_squares = tl.zeros([COLUMNS], tl.float32)
+    for step in range(0, examples * steps):
+        example = (step // steps).to(tl.int64)
         position = step % steps * ROWS + along
         inside = (position < positions)[:, None] & own[None, :]
-        at = position[:, None]
+        at = position[:, None].to(tl.int64)
         value = tl.load(d + example * d_example + at * d_position + columns[None, :], mask=inside, other=0.0)
         value = widened(value, INTERPRET)
-        if FACTOR_DTYPE is not None:
+        if plain_total is not None:
+            plain += value
+        if factor is not None:
             factor_ptr = factor + example * factor_example + at * factor_position + columns[None, :]
             value = value * widened(tl.load(factor_ptr, mask=inside, other=0.0), INTERPRET)
-        sums += value
+        scaled += value
         if step % steps == steps - 1:
-            gradient = tl.sum(sums, axis=0)
-            squares += gradient * gradient
-            sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    total = _pointer(table, n, _TOTAL, tl.float32, False) + columns
-    tl.store(total, tl.load(total, mask=own, other=0.0) + squares, mask=own)
+            gradient = tl.sum(scaled, axis=0)
+            scaled_squares += gradient * gradient
+            scaled = tl.zeros([ROWS, COLUMNS], tl.float32)
+            if plain_total is not None:
+                gradient = tl.sum(plain, axis=0)
+                plain_squares += gradient * gradient
+                plain = tl.zeros([ROWS, COLUMNS], tl.float32)
+    tl.store(total + columns, tl.load(total + columns, mask=own, other=0.0) + scaled_squares, mask=own)
+    if plain_total is not None:
+        plain_ptr = plain_total + columns
+        tl.store(plain_ptr, tl.load(plain_ptr, mask=own, other=0.0) + plain_squares, mask=own)
 
 
 _COLUMN_TILE = 16  # one 32-byte sector of 16-bit values: many programs, since BERT's norms have but 1024 columns
 
 _BAND = 8
-_HOPPER_SHARED = 200 << 10  # bytes; GPUs with less have no wgmma, and the larger tiles spill there
+_HOPPER_SHARED = 200 << 10  # bytes; GPUs with less have no wgmma, and tiles of 256 columns spill there
 
 
 class Tile(NamedTuple):
@@ -194,10 +179,9 @@ def tile(
         return Tile(64, 64, 16, 4, 2)
     if dtype == torch.float32:
         return Tile(64, 64, 32, 4, 3)
-    hopper = shared >= _HOPPER_SHARED
     if triton.cdiv(rows, 64) * triton.cdiv(columns, 256) < processors:
-        return Tile(64, 64, 128 if hopper and positions % 128 == 0 else 64, 4, 3)
-    return Tile(64, 256, 64, 8, 4) if hopper else Tile(128, 128, 64, 8, 3)
+        return Tile(64, 64, 128 if positions % 128 == 0 else 64, 4, 3)
+    return Tile(64, 256, 64, 8, 4) if shared >= _HOPPER_SHARED else Tile(64, 128, 64, 4, 3)
 
 
 def fisher_linear_(total, d, x) -> None:
@@ -220,26 +204,18 @@ def fisher_linear_(total, d, x) -> None:
         )  # fmt: skip
 
 
-def fisher_columns_(totals, ds, factors) -> None:
-    """Launch `reference.fisher_columns_`: once for all that have the same dtypes and alignment."""
-    lists: dict[tuple, list] = {}
-    for total, d, factor in zip(totals, ds, factors, strict=True):
-        if d.dtype == torch.float64 or 0 in d.shape:
-            reference.fisher_columns_([total], [d], [factor])
-            continue
-        strides = (*d.stride()[:2], *((0, 0) if factor is None else factor.stride()[:2]))
-        addresses = (total.data_ptr(), d.data_ptr(), 0 if factor is None else factor.data_ptr())
-        aligned = not any(value % 16 for value in (*strides, *addresses, d.shape[2]))
-        kind = (d.device, d.dtype, None if factor is None else factor.dtype, aligned)
-        lists.setdefault(kind, []).append((*addresses, *d.shape, *strides))
-    for (device, dtype, factor_dtype, aligned), rows in lists.items():
-        with on_device(device):
-            table = upload(np.array(rows, np.int64).T, device)
-            most = max(row[_COLUMNS.value] for row in rows)
-            _fisher_columns_kernel[(triton.cdiv(most, _COLUMN_TILE), len(rows))](
-                table, len(rows), DTYPE=TRITON_DTYPES[dtype], FACTOR_DTYPE=TRITON_DTYPES.get(factor_dtype),
-                ALIGNED=aligned, INTERPRET=INTERPRET, ROWS=128, COLUMNS=_COLUMN_TILE, num_warps=4,
-            )  # fmt: skip
+def fisher_columns_(total, d, factor=None, plain_total=None) -> None:
+    """Launch `reference.fisher_columns_`."""
+    examples, positions, n_columns = d.shape
+    if d.dtype == torch.float64 or 0 in d.shape:
+        reference.fisher_columns_(total, d, factor, plain_total)
+        return
+    strides = (0, 0) if factor is None else (factor.stride(0), factor.stride(1))
+    with on_device(d.device):
+        _fisher_columns_kernel[(triton.cdiv(n_columns, _COLUMN_TILE),)](
+            total, plain_total, d, factor, examples, positions, n_columns, d.stride(0), d.stride(1), *strides,
+            INTERPRET=INTERPRET, ROWS=128, COLUMNS=_COLUMN_TILE, num_warps=4,
+        )  # fmt: skip
 
 
 @functools.cache
