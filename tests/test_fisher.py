@@ -398,3 +398,18 @@ def test_captured_pass_adds_what_the_eager_one_does():
 
     with pytest.raises(ValueError, match=r"finite in every batch, got .*batches \[2\]"):
         estimate_fisher(model, weights, weighted, graph=True)
+
+
+def test_an_option_without_a_rule_leaves_the_parameter_to_single_examples():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+        def forward(self, x):
+            return torch.add(x, self.shift, alpha=2).square().sum(1)
+
+    x = torch.arange(6.0, dtype=torch.float64).view(2, 3)
+    fisher = estimate_fisher(Shifted(), [x], lambda model, batch: model(batch))
+    torch.testing.assert_close(fisher.sums["shift"].double(), (4 * x).square().sum(0))  # d/ds (x + 2 s)**2 = 4 x
+    assert "shift" in alone(fisher)

@@ -149,9 +149,9 @@ def _conv2d(tape, func, input, weight, bias=None, stride=1, padding=0, dilation=
     return tape.call(func, (x, weight, bias, stride, padding, dilation, 1), {}, (weight, bias), x, make)
 
 
-def _broadcast(tape, func, a, b):
+def _broadcast(tape, func, a, b, **options):
     """Addition and multiplication of a parameter and something else."""
-    if tape.name(a) and tape.name(b):
+    if options or (tape.name(a) and tape.name(b)):
         return NotImplemented
     param, other = (a, b) if tape.name(a) else (b, a)
 

@@ -149,7 +149,7 @@ def _fisher_columns_kernel(
 _COLUMN_TILE = 16  # one 32-byte sector of 16-bit values: many programs, since BERT's norms have but 1024 columns
 
 _BAND = 8
-_HOPPER_SHARED = 200 << 10  # bytes; GPUs with less have no wgmma, and tiles of 256 columns spill there
+_HOPPER_SHARED = 200 << 10  # bytes; GPUs with less have no wgmma, and the larger tiles spill there
 
 
 class Tile(NamedTuple):
@@ -179,9 +179,10 @@ def tile(
         return Tile(64, 64, 16, 4, 2)
     if dtype == torch.float32:
         return Tile(64, 64, 32, 4, 3)
+    hopper = shared >= _HOPPER_SHARED
     if triton.cdiv(rows, 64) * triton.cdiv(columns, 256) < processors:
-        return Tile(64, 64, 128 if positions % 128 == 0 else 64, 4, 3)
-    return Tile(64, 256, 64, 8, 4) if shared >= _HOPPER_SHARED else Tile(64, 128, 64, 4, 3)
+        return Tile(64, 64, 128 if hopper and positions % 128 == 0 else 64, 4, 3)
+    return Tile(64, 256, 64, 8, 4) if hopper else Tile(128, 128, 64, 8, 3)
 
 
 def fisher_linear_(total, d, x) -> None:
