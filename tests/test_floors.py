@@ -15,7 +15,7 @@ import childtune_kernels
 
 PACKAGE = Path(childtune_kernels.__file__).resolve().parent
 FLOORS = [
-    {"philox", "files"},
+    {"philox", "files", "names"},
     {"ops"},
     {"selection"},
     {"mask"},
