@@ -1,5 +1,7 @@
 """Builds csrc/ into childtune_kernels/_C_cpu.abi3.so and _C_cuda.abi3.so; all other metadata is in pyproject.toml.
 
+csrc/python becomes _C_python_<torch version>, for this torch and this Python alone: what it does, Python does slower.
+
 CHILDTUNE_BUILD_EXT=auto (the default) builds what this machine can, says in one line what it cannot and why, and
 installs the pure-Python package all the same; 1 fails instead; 0 builds nothing. CUDA is built where nvcc is found and
 torch is a CUDA build, for TORCH_CUDA_ARCH_LIST, else the GPU present, else 8.0, 9.0 and 10.0+PTX.
@@ -7,6 +9,7 @@ torch is a CUDA build, for TORCH_CUDA_ARCH_LIST, else the GPU present, else 8.0,
 
 import glob
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -79,9 +82,18 @@ def extensions() -> list[Extension]:
         libraries=["c10", "torch_cpu"],
         **shared,
     )
+    module = "_C_python_" + re.sub(r"\W", "_", torch.__version__)
+    python = Extension(
+        f"childtune_kernels.{module}",
+        ["csrc/python/tensors.cpp"],
+        define_macros=[("CHILDTUNE_MODULE", f'"{module}"'), ("CHILDTUNE_MODULE_NAME", module)],
+        library_dirs=library_paths(),
+        libraries=["c10", "torch_cpu", "torch", "torch_python"],
+        **shared | {"py_limited_api": False},
+    )
     nvcc = find_nvcc()
     if nvcc is None or torch.version.cuda is None:
-        return [cpu]
+        return [cpu, python]
     cuda_home = Path(nvcc).resolve().parent.parent
     cuda = Extension(
         "childtune_kernels._C_cuda",
@@ -92,7 +104,7 @@ def extensions() -> list[Extension]:
         **shared,
     )
     cuda.nvcc = [nvcc, *NVCC_FLAGS, *gencode_flags(torch)]
-    return [cpu, cuda]
+    return [cpu, python, cuda]
 
 
 class BuildWhatWeCan(build_ext):

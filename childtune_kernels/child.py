@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import ops
 from .mask import ChildMask
+from .names import listed
 from .ops.checks import require
 
 
@@ -82,20 +83,24 @@ def _positions(words: Tensor, numel: int) -> Tensor:
     return ops.unpack_bits(words, numel).nonzero().view(-1).to(torch.int32)
 
 
-def check_mask(mask: ChildMask, params: Mapping[str, Tensor]) -> None:
-    """Refuse a mask that is not for these parameters.
+def fitting_mask(mask: ChildMask, params: Mapping[str, Tensor]) -> ChildMask:
+    """Return a mask by the names of these parameters.
 
     Raises:
         ValueError: it names others, has one of another shape, or has no weight in the child at all.
     """
-    unknown = sorted(set(mask) - set(params))
-    require("mask", unknown, not unknown, "a mask that names only this optimizer's parameters")
+    if unknown := sorted(set(mask) - set(params)):
+        raise ValueError(
+            f"mask must be a mask that names only this optimizer's parameters, got {listed(unknown)}; these are named "
+            f"{listed(list(params), shown=3)}: pass model.named_parameters(), or groups of (name, parameter)"
+        )
     for name in mask:
         check_shape(mask, name, params[name])
     empty = any(mask.shape(name).numel() for name in mask) and mask.count() == 0
     require(
         "mask", "an empty child", not empty, "one with at least one weight: this one would freeze all that it names"
     )
+    return mask
 
 
 def check_shape(mask: ChildMask, name: str, param: Tensor) -> None:

@@ -1,17 +1,22 @@
 """Optimizer state between runs: what a state dict holds, and state of other optimizers and layouts on its way in.
 
-Beside torch's keys, the entry of a parameter that a mask names holds ``child``, its mask words, int32 on the CPU. So
-packed state can be read by any optimizer, and is refused by one of another mask.
+Beside torch's keys, the entry of a parameter that a mask names holds ``child``, its mask words, int32 on the CPU; one
+that has taken no step yet has an entry for this alone. So packed state can be read by any optimizer, which takes on the
+child if it has none, and is refused by one of another mask.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops, philox
+from .mask import ChildMask
+from .names import canonical, listed
 from .ops.checks import require
 from .state import COMPANIONS, MOMENTS, StateLayout, dense
 
@@ -19,24 +24,74 @@ CHILD = "child"
 
 
 def add_children(optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a state dict whose entries say which child they belong to."""
+    """Return a state dict whose entries say which child they belong to: copies, because loaders may write into them."""
     if optimizer.mask is None:
         return state_dict
-    names = [name for _, name, _ in optimizer.named()]
-    state = {
-        index: {**entry, CHILD: optimizer.mask.words(names[index]).cpu()} if names[index] in optimizer.mask else entry
-        for index, entry in state_dict["state"].items()
-    }
+    state = dict(state_dict["state"])
+    for index, (param, name, _) in enumerate(optimizer.named()):
+        if name in optimizer.mask:
+            entry = state.get(index) or optimizer.layout.new(name, param)
+            state[index] = {**entry, CHILD: optimizer.mask.words(name).cpu().clone()}
     return {**state_dict, "state": state}
 
 
+def adopted_mask(optimizer, loaded: dict[str, Any]) -> ChildMask | None:
+    """Return the child that a state dict belongs to, for an optimizer that has none; None if there is none.
+
+    Raises:
+        ValueError: the optimizer's options have no room for it.
+    """
+    indices = [index for group in loaded["param_groups"] for index in group["params"]]
+    entries = [loaded["state"].get(index) or {} for index in indices]
+    if optimizer.mask is not None or not any(CHILD in entry for entry in entries):
+        return None
+    room = optimizer.decay == "child" and optimizer.requested_state != "dense"
+    expected = "a dense_state_dict() where the optimizer has no mask, and decay='all' or state='dense'"
+    require("state_dict", "a child network's", room, expected)
+    require_groups(optimizer, loaded)
+    rows = zip(optimizer.named(), entries, strict=True)
+    words = {name: (entry[CHILD], param.shape) for (param, name, _), entry in rows if CHILD in entry}
+    warnings.warn(
+        "the state belongs to a child network and this optimizer was given no mask: it takes on that child. To train "
+        "all weights, load dense_state_dict() instead",
+        stacklevel=5,
+    )
+    return ChildMask({n: w for n, (w, _) in words.items()}, {n: shape for n, (_, shape) in words.items()})
+
+
+_DECIDED = ("reserve_p", "seed", "weight_decay")  # what a script says once, and a scheduler seldom
+
+
+def merged_groups(optimizer, loaded: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the groups of a checked state dict, completed by the optimizer's own; say what they change."""
+    names_in, merged, changes = canonical_names(loaded), [], set()
+    for own, saved in zip(optimizer.param_groups, loaded["param_groups"], strict=True):
+        group = {**{key: value for key, value in own.items() if key != "params"}, **saved}
+        if names := own.get("param_names") or names_in(saved):
+            group["param_names"] = names
+        changes |= {f"{key} {group[key]!r} (here {own[key]!r})" for key in _DECIDED if group[key] != own[key]}
+        merged.append(group)
+    if changes:
+        said = ", ".join(sorted(changes))
+        warnings.warn(f"hyper-parameters come from the state, as in torch: {said}", stacklevel=5)
+    return merged
+
+
+def require_groups(optimizer, loaded: dict[str, Any]) -> None:
+    """Refuse a state dict of other groups."""
+    sizes = [len(g["params"]) for g in loaded["param_groups"]]
+    expected = [len(g["params"]) for g in optimizer.param_groups]
+    require("state_dict", f"groups of {sizes}", sizes == expected, f"parameter groups of {expected} parameters")
+
+
 def without_children(optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return a state dict as torch.optim.AdamW has it: parameter-shaped moments, zero outside the child."""
+    """Return a state dict as torch.optim.AdamW has it: parameter-shaped moments, zero outside the child; fp32 steps."""
     params = [param for param, _, _ in optimizer.named()]
     state = {}
     for index, entry in state_dict["state"].items():
         full = dense(entry, entry.get(CHILD), params[index])
         state[index] = {key: value for key, value in full.items() if key not in (CHILD, *COMPANIONS)}
+        state[index]["step"] = torch.as_tensor(entry["step"]).float()
     return {**state_dict, "state": state}
 
 
@@ -50,43 +105,60 @@ def moved_state(optimizer, layout: StateLayout) -> dict[Tensor, dict]:
     return state
 
 
-def read_state(optimizer, loaded: dict[str, Any]) -> dict[Tensor, dict]:
-    """Check a state dict against an optimizer and return its entries, copied, by parameter.
+def read_state(
+    optimizer, loaded: dict[str, Any], layout: StateLayout, mask: ChildMask | None
+) -> dict[Tensor, dict[str, Any]]:
+    """Check a state dict against an optimizer and return its entries, copied, by parameter, in a layout of a mask.
 
     Raises:
         ValueError: as `ChildAdamW.load_state_dict`.
     """
-    sizes = [len(g["params"]) for g in loaded["param_groups"]]
-    expected = [len(g["params"]) for g in optimizer.param_groups]
-    require("state_dict", f"groups of {sizes}", sizes == expected, f"parameter groups of {expected} parameters")
+    require_groups(optimizer, loaded)
     names_of = {id(param): name for param, name, _ in optimizer.named()}
+    names_in = canonical_names(loaded)
     state = {}
     for own, saved in zip(optimizer.param_groups, loaded["param_groups"], strict=True):
         version = saved.get("mask_stream", philox.STREAM_VERSION)
         wanted = f"mask stream version {philox.STREAM_VERSION}"
         require("state_dict", f"version {version}", version == philox.STREAM_VERSION, wanted)
         require("state_dict", "amsgrad state", not saved.get("amsgrad"), "state without amsgrad")
-        names, saved_names = own.get("param_names"), saved.get("param_names")
-        same = saved_names is None or names == saved_names or (names is None and optimizer.mask is None)
+        names, saved_names = own.get("param_names"), names_in(saved)
+        same = saved_names is None or names == saved_names or (names is None and mask is None)
         by_position = "parameters without names: this optimizer's mask knows them by position"
-        require("state_dict", saved_names, same, f"parameters named {names}" if names else by_position)
+        named = f"parameters named {_differing(names, saved_names)}" if names else by_position
+        require("state_dict", _differing(saved_names, names), same, named)
         optimizer.check_group({**{k: v for k, v in own.items() if k != "params"}, **saved})
         for param, index in zip(own["params"], saved["params"], strict=True):
             if entry := loaded["state"].get(index):
-                state[param] = _read_entry(optimizer, param, names_of[id(param)], index, entry)
+                state[param] = _read_entry(layout, mask, param, names_of[id(param)], index, entry)
     return state
 
 
-def _read_entry(optimizer, param: Tensor, name: str, index: int, entry: dict[str, Any]) -> dict[str, Any]:
+def _read_entry(
+    layout: StateLayout, mask: ChildMask | None, param: Tensor, name: str, index: int, entry: dict[str, Any]
+) -> dict[str, Any]:
     complete = entry.keys() >= {"step", *MOMENTS}
     require(f"state_dict: state of parameter {index}", sorted(entry), complete, "AdamW's step, exp_avg, exp_avg_sq")
+    step = float(entry["step"])
+    require(f"state_dict: step of parameter {index}", step, 0 <= step < 2**32 and step.is_integer(), "in [0, 2**32)")
     words = entry.get(CHILD)
-    if words is not None and optimizer.mask is not None and name in optimizer.mask:
-        same = torch.equal(words.cpu(), optimizer.mask.words(name).cpu())
+    if words is not None and mask is not None and name in mask:
+        same = torch.equal(words.cpu(), mask.words(name).cpu())
         require(f"state_dict: child of {name!r}", "another mask's", same, "of this optimizer's mask")
     shapes = [tuple(param.shape)] if words is None else [tuple(param.shape), (int(ops.popcount_bits(words.cpu())),)]
     for key in (*MOMENTS, *(entry.keys() & set(COMPANIONS))):
         got, expected = tuple(entry[key].shape), " or ".join(map(str, dict.fromkeys(shapes)))
         require(f"state_dict: {key} of parameter {index}", got, got in shapes, f"shape {expected}")
     entry = dense({key: value for key, value in entry.items() if key != CHILD}, words, param)
-    return optimizer.layout.arranged(name, param, entry)
+    return layout.arranged(name, param, entry)
+
+
+def canonical_names(loaded: dict[str, Any]) -> Callable[[dict[str, Any]], list[str] | None]:
+    """Return a function that gives the canonical names of a saved group, None where it has none."""
+    every = [name for group in loaded["param_groups"] for name in group.get("param_names") or ()]
+    known = dict(zip(every, canonical(every), strict=True))
+    return lambda group: [known[n] for n in group["param_names"]] if group.get("param_names") else None
+
+
+def _differing(names: list[str] | None, others: list[str] | None) -> str:
+    return listed([n for n in names or () if n not in set(others or ())] or list(names or ()))

@@ -6,15 +6,19 @@ Full gradients then exist one tensor at a time: ``p.grad`` is freed inside backw
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
+from functools import partial
+from operator import is_
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .names import listed
 from .ops import checks
 from .ops.checks import require
-from .plan import Plan
+from .plan import Plan, group_sizes
 
 TOGETHER = 128 << 20  # bytes of gradients that are packed in one launch
 
@@ -71,18 +75,24 @@ class GradientHooks:
         _remove(self.handles)
         self.hooks.clear()
 
-    def refuse_gradients(self) -> None:
-        """Refuse gradients that were put into p.grad by hand: hooks have not seen them.
+    def finish(self) -> None:
+        """Finish what `receive` has put off, and receive what was put into p.grad by hand, as checkpoints do.
 
         Raises:
-            RuntimeError: naming the parameters.
+            RuntimeError: a parameter has such a gradient, and one from backward(); nothing has been changed then.
         """
-        if any([p.grad is not None for p in self.hooks]):
-            named = self.optimizer().named()
-            names = [name for p, name, _ in named if p in self.hooks and p.grad is not None]
+        by_hand = [(p, hook) for p, hook in self.hooks.items() if p.grad is not None]
+        if twice := [hook.name for p, hook in by_hand if self.has_received(hook, p)]:
             raise RuntimeError(
-                f"gradients must come from backward(), where hooks take them, but p.grad was set: {names}"
+                "gradients must come from backward(), where hooks take them, or be set instead of it, but p.grad was "
+                f"set: {listed(twice)}"
             )
+        for param, hook in by_hand:
+            self.receive(hook, param)
+
+    def has_received(self, hook: _Hook, param: Tensor) -> bool:
+        """Whether a parameter's gradient of this step has been here already."""
+        raise NotImplementedError
 
     def wants(self, param: Tensor, name: str) -> bool:
         """Whether a parameter's gradient is to be received."""
@@ -91,9 +101,6 @@ class GradientHooks:
     def receive(self, hook: _Hook, param: Tensor) -> None:
         """Take one parameter's gradient and free it."""
         raise NotImplementedError
-
-    def pack(self) -> None:
-        """Finish what `receive` has put off."""
 
 
 class PackedGradients(GradientHooks):
@@ -107,10 +114,38 @@ class PackedGradients(GradientHooks):
         self.waiting: list[tuple[_Hook, Tensor]] = []
         self.waiting_bytes = 0
         self.stream = None  # that the waiting gradients were made on
+        self.seen: dict[Tensor, tuple[int, int]] = {}  # gradients that stay in p.grad, as backward left them
         super().__init__(optimizer)
 
     def wants(self, param, name):
         return param.requires_grad and not self.optimizer().packing.is_whole(name)
+
+    def add(self, named):
+        super().add(named)
+        for param, _, _ in named:
+            if param.requires_grad and param not in self.hooks and param not in self.seen:
+                self.seen[param] = (0, 0)
+                self.handles.append(param.register_post_accumulate_grad_hook(partial(_see, weakref.ref(self))))
+
+    def finish(self):
+        super().finish()
+        self.pack()
+        self._tell_of_changes()
+
+    def has_received(self, hook, param):
+        return hook.waits or hook.grad is not None
+
+    def _tell_of_changes(self) -> None:
+        """Warn where gradients in p.grad were changed after backward: whoever clips these misses the packed ones."""
+        changed = {p for p, seen in self.seen.items() if any(seen) and p.grad is not None and _mark(p.grad) != seen}
+        self.seen = dict.fromkeys(self.seen, (0, 0))
+        if changed:
+            names = [name for p, name, _ in self.optimizer().named() if p in changed]
+            warnings.warn(
+                f"gradients were changed between backward() and step(), as by clipping from outside: {listed(names)}; "
+                "packed gradients were not: clip with ChildAdamW(max_grad_norm=...), and with nothing else",
+                stacklevel=5,
+            )
 
     def receive(self, hook, param):
         grad = param.grad
@@ -166,7 +201,15 @@ class StepInBackward(GradientHooks):
     def __init__(self, optimizer):
         self.plans: dict[Tensor, Plan] = {}
         self.stepped: set[Tensor] = set()  # since the last step(): a second gradient would be a second step
+        self.groups: tuple[list[Tensor], list[int]] = ([], [])  # that the plans were made for
         super().__init__(optimizer)
+
+    def finish(self):
+        super().finish()
+        self.stepped.clear()
+
+    def has_received(self, hook, param):
+        return param in self.stepped
 
     @torch.no_grad()
     def receive(self, hook, param):
@@ -177,12 +220,34 @@ class StepInBackward(GradientHooks):
                 "fused_backward=True takes a step a backward pass, and step() must follow each; a second gradient of "
                 f"shape {tuple(param.shape)} came before: accumulate gradients with pack_gradients=True instead"
             )
+        if not self.stepped:
+            self._forget_other_groups(optimizer)
         plan = self.plans.get(param)
         if plan is None or not plan.fits(optimizer):
             plan = self.plans[param] = Plan(optimizer, [param])
         plan.run(optimizer)
         self.stepped.add(param)
         param.grad = None
+
+    def _forget_other_groups(self, optimizer) -> None:
+        """Drop the plans if a parameter is in another group, or has another position, than they were made for."""
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        sizes = group_sizes(optimizer)
+        same = sizes == self.groups[1] and len(params) == len(self.groups[0]) and all(map(is_, params, self.groups[0]))
+        if not same:
+            self.plans.clear()
+            self.groups = (params, sizes)
+
+
+def _see(owner: weakref.ref, param: Tensor) -> None:
+    """Remember the gradient that backward has left in p.grad."""
+    if (hooks := owner()) is not None:
+        hooks.seen[param] = _mark(param.grad)
+
+
+def _mark(grad: Tensor) -> tuple[int, int]:
+    """Return what another tensor in its place, or a write into it, changes."""
+    return id(grad), grad._version
 
 
 def _empty(indices: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:

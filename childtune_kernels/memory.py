@@ -13,7 +13,7 @@ from .hooks import TOGETHER
 from .ops.checks import require
 from .state import COMPANIONS, LOW_PRECISION, STATE
 
-_STEP = 4  # bytes of a step counter
+_STEP = 8  # bytes of a step counter
 _INDEX = 4
 
 

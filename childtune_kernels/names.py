@@ -31,10 +31,12 @@ def canonical(names: Iterable[str]) -> list[str]:
     Raises:
         ValueError: two names become one.
     """
-    bare = [unwrapped(name) for name in names]
+    given = list(names)
+    bare = [unwrapped(name) for name in given]
     prefix = common_prefix(bare)
     result = [name.removeprefix(prefix) for name in bare]
-    if twice := [name for name, count in Counter(result).items() if count > 1]:
+    if len(set(result)) < len(set(given)):
+        twice = [name for name, count in Counter(result).items() if count > 1]
         raise ValueError(f"names must differ when wrappers are taken off them, got {listed(twice)} more than once")
     return result
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
@@ -10,18 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from . import audit, ops, philox
-from .child import Packing, check_mask, check_shape
-from .exchange import add_children, moved_state, read_state, without_children
+from .child import Packing, check_shape, fitting_mask
+from .exchange import add_children, adopted_mask, merged_groups, moved_state, read_state, without_children
+from .groups import SAMPLED_CHILD, ParameterNames, Row, check_group
 from .hooks import GradientHooks, PackedGradients, StepInBackward
 from .mask import ChildMask
 from .memory import Memory, measure
+from .names import named_parameters
 from .ops import checks
 from .ops.checks import require
-from .plan import SAMPLED_CHILD, Plan, check_group
+from .plan import Plan
 from .state import LOW_PRECISION, StateLayout
 
-_OWN = ("mask", "layout", "dialect", "decay", "state_dtype", "max_grad_norm", "requested_impl")
-_OWN += ("pack_gradients", "fused_backward")
+_OWN = ("mask", "layout", "dialect", "decay", "state_dtype", "max_grad_norm", "requested_impl", "requested_state")
+_OWN += ("requested_low_precision", "pack_gradients", "fused_backward", "names", "_step_supports_amp_scaling")
+_UNCLIPPED = {
+    "pack_gradients": "frees gradients inside backward(): clip_grad_norm_ and a trainer's clipping see only whole "
+    "tensors' gradients. Clip with ChildAdamW(max_grad_norm=...)",
+    "fused_backward": "takes its steps inside backward(): clip_grad_norm_ and a trainer's clipping come too late",
+}
 
 
 class ChildAdamW(torch.optim.Optimizer):
@@ -38,6 +47,7 @@ class ChildAdamW(torch.optim.Optimizer):
 
     Args:
         params: as in torch.optim; pass ``model.named_parameters()``, because names identify mask streams and masks.
+            What torch.compile, DistributedDataParallel and checkpointing put into names is taken off them.
         lr: learning rate, float or one-element tensor. A CUDA tensor is read by the kernels, and so stays live in a
             CUDA graph.
         betas: decay of the first and second moment, in [0, 1).
@@ -56,12 +66,15 @@ class ChildAdamW(torch.optim.Optimizer):
         low_precision: how bfloat16 and float16 weights are kept, so that small updates are not lost. "master": an
             fp32 copy, in packed state of the child alone (the default there). "kahan": what rounding left over, in
             the weights' dtype. "stochastic": rounding up or down at random, right on average, by the mask stream's
-            domain 1 (the default of F; no memory). "nearest": like torch (the default otherwise).
-        max_grad_norm: clip by the global norm of all gradients, before the mask, inside the step; None: do not.
+            domain 1 (the default of F; no memory). "nearest": like torch (the default otherwise). A weight that its
+            copy no longer rounds to has been replaced since, as by ``load_state_dict``: then the weight counts.
+        max_grad_norm: clip by the global norm of all gradients, before the mask, inside the step; None: do not;
+            infinity: do not, and neither does anybody else.
         pack_gradients: in packed state, keep the child's entries of a gradient as soon as backward has it and free
-            ``p.grad``: full gradients exist one tensor at a time. Clipping then takes the child's norm.
+            ``p.grad``: full gradients exist one tensor at a time. A step uses them up. Clipping takes the child's
+            norm, and clipping from outside sees nothing of them, which a warning says.
         fused_backward: take each parameter's step inside backward and free its gradient. Learning-rate schedules
-            work; ``step()`` must still follow each backward pass and ``zero_grad()`` does nothing.
+            work; ``step()`` must still follow each backward pass and ``zero_grad()`` does nothing. Nothing can clip.
         impl: "auto", or "triton", "csrc", "reference", which is then never replaced by another.
 
     Raises:
@@ -72,7 +85,10 @@ class ChildAdamW(torch.optim.Optimizer):
         Algorithm 1 of the paper; ``state[p]`` holds torch.optim.AdamW's ``step, exp_avg, exp_avg_sq``.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler leaves unscaling and the overflow decision to step()
+    # Whether GradScaler leaves unscaling and the overflow decision to step(). Trainers that clip gradients themselves
+    # refuse an optimizer that says so: it does where clipping is settled here, and where gradients are out of reach.
+    _step_supports_amp_scaling = False
+    _constructing = False
 
     def __init__(
         self,
@@ -102,6 +118,7 @@ class ChildAdamW(torch.optim.Optimizer):
         require("mask", mask, mask is None or isinstance(mask, ChildMask), "a ChildMask or None")
         require("max_grad_norm", max_grad_norm, max_grad_norm is None or max_grad_norm > 0, "above 0 or None")
         require("impl", impl, impl in ("auto", *ops.IMPLEMENTATIONS), f"one of {('auto', *ops.IMPLEMENTATIONS)}")
+        self.requested_state, self.requested_low_precision = state, low_precision
         state = state or ("packed" if mask is not None and decay == "child" else "dense")
         require("state", state, state in ("packed", "dense"), "'packed' or 'dense'")
         outside_decays = f"'dense' where decay={decay!r} or there is no mask: packed state is the child's alone"
@@ -116,10 +133,12 @@ class ChildAdamW(torch.optim.Optimizer):
         self.requested_impl = impl
         packed = not pack_gradients or self.packing is not None
         require("pack_gradients", pack_gradients, packed, "False where the state is not packed")
-        alone = not fused_backward or (not pack_gradients and max_grad_norm is None)
+        alone = not fused_backward or (not pack_gradients and not self.clips)
         require("fused_backward", fused_backward, alone, "False where pack_gradients or max_grad_norm is given")
         self.pack_gradients, self.fused_backward = pack_gradients, fused_backward
+        self._step_supports_amp_scaling = max_grad_norm is not None or pack_gradients or fused_backward
         self.hooks: GradientHooks | None = None
+        self.names = ParameterNames()
         self._plan: Plan | None = None
         defaults = dict(
             lr=lr,
@@ -131,23 +150,40 @@ class ChildAdamW(torch.optim.Optimizer):
             seed=seed,
             mask_stream=philox.STREAM_VERSION,
         )
-        super().__init__(params, defaults)
+        self._constructing = True
+        super().__init__(self.names.unwrap(params), defaults)
+        self._constructing = False
         for device_type in {p.device.type for p, _, _ in self.named()}:
             ops.implementation(impl, device_type)
         if mask is not None:
-            check_mask(mask, {name: param for param, name, _ in self.named()})
-        self.layout.low_precision = self._choose(low_precision)
+            mask = fitting_mask(mask, {name: param for param, name, _ in self.named()})
+        self.layout, self.mask = self._layout_for(mask, packed=packing is not None)
+        self._warn_of_clipping()
         self._add_hooks()
 
-    def _choose(self, low_precision: str | None) -> str:
-        """Return how 16-bit weights are kept."""
-        random = any(group["reserve_p"] < 1 for group in self.param_groups)
-        default = "nearest" if self.mask is not None or not random else "stochastic"
-        chosen = low_precision or ("master" if self.packing is not None else default)
+    def _layout_for(self, mask: ChildMask | None, packed: bool) -> tuple[StateLayout, ChildMask | None]:
+        """Return the layout of a child's state, and its mask where the layout wants it.
+
+        Raises:
+            ValueError: ``low_precision`` does not fit it.
+        """
+        packing = Packing(mask) if packed and mask is not None else None
+        chosen = self.requested_low_precision or ("master" if packing is not None else "nearest")
         require("low_precision", chosen, chosen in LOW_PRECISION, f"one of {LOW_PRECISION}")
-        dense_child = self.mask is not None and self.packing is None
+        dense_child = mask is not None and packing is None
         require("low_precision", chosen, chosen == "nearest" or not dense_child, "'nearest' where state='dense'")
-        return chosen
+        return StateLayout(packing, self.state_dtype, chosen), mask if packing is None else packing.mask
+
+    def _warn_of_clipping(self) -> None:
+        for option, why in _UNCLIPPED.items():
+            if getattr(self, option) and self.max_grad_norm is None:
+                end = "max_grad_norm=math.inf says that nothing clips, and ends this warning"
+                warnings.warn(f"{option}=True {why}; {end}", stacklevel=3)
+
+    @property
+    def clips(self) -> bool:
+        """Whether a step clips by the global norm."""
+        return self.max_grad_norm is not None and self.max_grad_norm < math.inf
 
     @property
     def packing(self) -> Packing | None:
@@ -157,7 +193,8 @@ class ChildAdamW(torch.optim.Optimizer):
     @property
     def low_precision(self) -> str:
         """How 16-bit weights are kept: "master", "kahan", "stochastic" or "nearest"."""
-        return self.layout.low_precision
+        random = self.mask is None and any([group["reserve_p"] < 1 for group in self.param_groups])
+        return "stochastic" if random and self.requested_low_precision is None else self.layout.low_precision
 
     # ---- what a caller can ask --------------------------------------------------------------------------------------
 
@@ -212,15 +249,15 @@ class ChildAdamW(torch.optim.Optimizer):
                 loss = closure()
         if self.hooks is not None:
             self._refuse_scaler()
-            self.hooks.refuse_gradients()
-            self.hooks.pack()
+            self.hooks.finish()
         if self.fused_backward:
-            self.hooks.stepped.clear()
             return loss
         params = list(chain.from_iterable([group["params"] for group in self.param_groups]))
         if self._plan is None or not self._plan.serves(self, params):
             self._plan = Plan(self, params)
         self._plan.run(self)
+        if self.pack_gradients:
+            self.hooks.zero(set_to_none=True)
         return loss
 
     def gradient_holder(self, param: Tensor):
@@ -246,13 +283,18 @@ class ChildAdamW(torch.optim.Optimizer):
                 "train in bfloat16 without a scaler, or without these options"
             )
 
-    def named(self) -> list[tuple[Tensor, str, dict]]:
-        """Return (parameter, name, group) of all parameters, in order."""
-        rows = [(p, group, i) for group in self.param_groups for i, p in enumerate(group["params"])]
-        return [
-            (p, group["param_names"][i] if "param_names" in group else str(position), group)
-            for position, (p, group, i) in enumerate(rows)
-        ]
+    def named(self) -> list[Row]:
+        """Return (parameter, canonical name, group) of all parameters, in order."""
+        return self.names.rows(self.param_groups)
+
+    def require_names(self) -> None:
+        """Refuse parameters whose names, on which masks or rounding depend, are no longer theirs."""
+        if (
+            self.mask is not None
+            or self.low_precision == "stochastic"
+            or any([group["reserve_p"] < 1 for group in self.param_groups])
+        ):
+            self.names.require_in_place(self.param_groups)
 
     def init_state(self, named: list[tuple[Tensor, str]]) -> None:
         """Give parameters the state that they lack, all of it or nothing."""
@@ -261,8 +303,10 @@ class ChildAdamW(torch.optim.Optimizer):
             entry = self.state.get(param)
             if not entry:
                 fresh[param] = self.layout.new(name, param)
-            elif (whole := self.layout.accompanied(name, param, entry)).keys() != entry.keys():
-                fresh[param] = whole  # the weights were cast after the last step
+                continue
+            whole = self.layout.completed(name, param, entry)
+            if whole.keys() != entry.keys() or whole["step"] is not entry["step"]:
+                fresh[param] = whole
         if any(p.is_cuda for p in fresh) and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("optimizer state must exist before a CUDA graph is captured: run one step first")
         for param, entry in fresh.items():
@@ -274,9 +318,10 @@ class ChildAdamW(torch.optim.Optimizer):
         """Add a parameter group, as in torch.optim. Nothing is added if anything in it is refused."""
         self.check_group({**self.defaults, **param_group})
         params = param_group["params"]
-        if isinstance(params, set):
+        if isinstance(params, (set, frozenset)):
             raise TypeError("params must be in order, because positions name parameters, got a set")
         group = {**param_group, "params": [params] if isinstance(params, Tensor) else list(params)}
+        group = group if self._constructing else self.names.add(group)
         entries = [entry if isinstance(entry, tuple) else (None, entry) for entry in group["params"]]
         position = sum(len(g["params"]) for g in self.param_groups)
         taken = {name for _, name, _ in self.named()}
@@ -284,12 +329,13 @@ class ChildAdamW(torch.optim.Optimizer):
             name = str(position + offset) if name is None else name
             if isinstance(param, Tensor):  # anything else is refused by torch, below
                 checks.check_parameter(f"params: {name!r}", param)
-                if self.mask is not None and name in self.mask:
+                if not self._constructing and self.mask is not None and name in self.mask:
                     check_shape(self.mask, name, param)
             require("params", name, name not in taken, "a name not used before")
             taken.add(name)
         require("params", "a repeated tensor", len({id(p) for _, p in entries}) == len(entries), "distinct tensors")
         super().add_param_group(group)
+        self.names.settle(self.param_groups)
         self._plan = None
         if getattr(self, "hooks", None) is not None:
             self._add_hooks()
@@ -301,6 +347,7 @@ class ChildAdamW(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return groups and state, as torch.optim; entries of masked parameters say which child they belong to."""
+        self.names.settle(self.param_groups)
         hook = self.register_state_dict_post_hook(add_children, prepend=True)
         try:
             return super().state_dict()
@@ -322,20 +369,24 @@ class ChildAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: as for the constructor's ``mask``; nothing has been changed then.
         """
-        packing = None
         if mask is not None:
-            check_mask(mask, {name: param for param, name, _ in self.named()})
+            require("mask", mask, isinstance(mask, ChildMask), "a ChildMask or None")
+            mask = fitting_mask(mask, {name: param for param, name, _ in self.named()})
             require("decay", self.decay, self.decay == "child", "'child' where the mask changes")
-            packing = Packing(mask)
         require("mask", mask, mask is not None or not self.pack_gradients, "a ChildMask where gradients are packed")
         if self.pack_gradients:
             self.hooks.pack()
             pending = any(hook.grad is not None for hook in self.hooks.hooks.values())
             require("set_mask", "packed gradients", not pending, "called after step() and zero_grad()")
-        layout = StateLayout(packing, self.state_dtype, self.low_precision)
-        self.state.update(moved_state(self, layout))
-        self.layout, self.mask, self._plan = layout, None if packing is None else packing.mask, None
-        if self.hooks is not None:
+        layout, mask = self._layout_for(mask, packed=True)
+        self._put(moved_state(self, layout), layout, mask)
+
+    def _put(self, state: dict[Tensor, dict], layout: StateLayout, mask: ChildMask | None) -> None:
+        """Take state in another layout, of another child."""
+        changed = layout is not self.layout
+        self.state.update(state)
+        self.layout, self.mask, self._plan = layout, mask, None
+        if changed and self.hooks is not None:
             self.hooks.remove()
             self.hooks = None
             self._add_hooks()
@@ -352,7 +403,7 @@ class ChildAdamW(torch.optim.Optimizer):
         """
         require("mask", None, self.mask is not None, "a ChildMask: without one every weight is trained")
         if isinstance(reference, nn.Module):
-            reference = dict(reference.named_parameters(remove_duplicate=False))
+            reference = named_parameters(reference, remove_duplicate=False)
         if found := audit.thawed(self, reference):
             raise AssertionError(f"weights outside the child must equal the reference, but these many differ: {found}")
 
@@ -360,22 +411,26 @@ class ChildAdamW(torch.optim.Optimizer):
         """Restore a state of this optimizer or of torch.optim.AdamW; groups and seeds come from the state.
 
         Moments are converted to ``state_dtype`` and otherwise arrive unchanged (torch would cast them to the dtype
-        of the weights). Nothing is changed if anything in the state is refused.
+        of the weights). An optimizer without a mask takes on the child that the state belongs to, with a warning.
+        Nothing is changed if anything in the state is refused.
 
         Raises:
-            ValueError: other group sizes, parameter names, moment shapes or mask-stream version; amsgrad state.
+            ValueError: other group sizes, parameter names, moment shapes or mask-stream version; a step count out of
+                [0, 2**32); amsgrad state; a child that this optimizer's options have no room for.
         """
-        kept: dict[Tensor, dict] = {}
+        kept: dict[str, Any] = {}
 
         def take_state(_, loaded):  # runs after users' pre-hooks; torch then has no tensors left to cast
-            kept.update(read_state(self, loaded))
-            defaults = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
-            groups = [{**own, **saved} for own, saved in zip(defaults, loaded["param_groups"], strict=True)]
-            return {**loaded, "state": {}, "param_groups": groups}
+            kept["layout"], kept["mask"] = self.layout, self.mask
+            if (mask := adopted_mask(self, loaded)) is not None:
+                kept["layout"], kept["mask"] = self._layout_for(mask, packed=True)
+            kept["state"] = read_state(self, loaded, kept["layout"], kept["mask"])
+            return {**loaded, "state": {}, "param_groups": merged_groups(self, loaded)}
 
         def put_state(_):  # runs before users' post-hooks
-            self.state.update(kept)
-            self._plan = None
+            self.names.known.clear()
+            self.names.settle(self.param_groups)
+            self._put(**kept)
 
         hooks = (
             self.register_load_state_dict_pre_hook(take_state),

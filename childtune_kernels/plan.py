@@ -1,12 +1,12 @@
-"""A step's plan: which tensors go into which op call, checked once and reused while only gradients change.
+"""A step's plan: which tensors go into which op call, checked once and reused while they keep their forms.
 
-The optimizer's host time is spent here: 393 tensors cost about 25 us a look at one attribute of each, so a step
-looks only at what may have moved since the plan was made.
+Addresses are never kept: every step reads them anew, of tensors whose dtype, device, sizes and strides it has compared
+with those that were checked. The optimizer's host time is spent here; see `ops.fixed.forms` for what a look costs.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from operator import is_, itemgetter
 from typing import Any
 
@@ -14,53 +14,11 @@ import torch
 from torch import Tensor
 
 from . import ops, philox
+from .groups import SAMPLED_CHILD, check_group, hyper_row
 from .ops import checks
 from .ops.checks import require
-from .ops.fixed import Fixed, addresses
+from .ops.fixed import Fixed
 from .state import STATE
-
-SAMPLED_CHILD = "1 where a mask is given, or the state packed: F inside D needs state='packed'"
-
-
-def check_group(group: dict[str, Any]) -> None:
-    """Refuse hyper-parameters out of range.
-
-    Raises:
-        TypeError, ValueError: naming the hyper-parameter, what was expected and what came.
-    """
-    lr, betas = group["lr"], group["betas"]
-    if isinstance(lr, Tensor):
-        require("lr", f"a tensor of shape {tuple(lr.shape)}", lr.numel() == 1, "a float or a tensor of one element")
-    numbers = {"eps": group["eps"], "weight_decay": group["weight_decay"], "reserve_p": group["reserve_p"]}
-    if not (isinstance(lr, Tensor) and lr.is_cuda):  # looking into a CUDA tensor would wait for the device
-        numbers["lr"] = float(lr) if isinstance(lr, Tensor) else lr
-    require("betas", betas, isinstance(betas, (tuple, list)) and len(betas) == 2, "a pair")
-    numbers.update({"betas[0]": betas[0], "betas[1]": betas[1]})
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-        require(name, value, value >= 0, "at least 0")
-    for name in ("betas[0]", "betas[1]"):
-        require(name, numbers[name], numbers[name] < 1, "in [0, 1)")
-    require("reserve_p", group["reserve_p"], 2**-32 <= group["reserve_p"] <= 1, "in (0, 1], at least 2**-32")
-    philox.stream_key(group["seed"], "")
-
-
-def hyper_row(group: dict[str, Any], dialect: str, max_grad_norm: float | None) -> tuple[float, ...]:
-    """Return a group's row of the ops' hyper table, in the order of `ops.HYPER_COLUMNS`."""
-    lr = group["lr"]
-    beta1, beta2 = group["betas"]
-    return (
-        (0.0 if lr.is_cuda else lr.item()) if isinstance(lr, Tensor) else lr,  # a CUDA lr is read by the kernels
-        beta1,
-        beta2,
-        group["eps"],
-        group["weight_decay"],
-        group["reserve_p"],
-        -1.0 if group["maximize"] else 1.0,
-        float(dialect == "hf"),
-        math.inf if max_grad_norm is None else max_grad_norm,
-    )
 
 
 def global_norm(lists: list[list[Tensor]]) -> Tensor:
@@ -81,7 +39,9 @@ class Plan:
 
     def __init__(self, optimizer, params: list[Tensor]):
         self.params = params
+        self.sizes = group_sizes(optimizer)
         self.idle = [h for h in map(optimizer.gradient_holder, params) if h.grad is None]
+        optimizer.require_names()
         wanted = set(params)
         rows: dict[torch.device, list] = {}
         group_of = [index for index, group in enumerate(optimizer.param_groups) for _ in group["params"]]
@@ -94,14 +54,14 @@ class Plan:
         optimizer.init_state([(p, name) for members in rows.values() for p, name, _ in members])
         for batch in self.batches:
             batch.take_state(optimizer)
-            batch.fits()
         self.entries = list(optimizer.state.values())
 
     def serves(self, optimizer, params: list[Tensor]) -> bool:
-        """Whether this plan still fits: nothing was replaced or moved, and the same parameters have gradients."""
+        """Whether this plan still fits: the same parameters, in the same groups, have gradients of the same forms."""
         return (
             len(params) == len(self.params)
             and all(map(is_, params, self.params))
+            and group_sizes(optimizer) == self.sizes
             and not any([holder.grad is not None for holder in self.idle])
             and len(optimizer.state) == len(self.entries)
             and all(map(is_, optimizer.state.values(), self.entries))
@@ -109,7 +69,7 @@ class Plan:
         )
 
     def fits(self, optimizer) -> bool:
-        """Whether a plan of one parameter still fits."""
+        """Whether a plan of one parameter still fits; its groups are the caller's to compare."""
         (batch,) = self.batches
         return optimizer.state.get(batch.params[0]) is batch.states[0] and batch.fits()
 
@@ -117,32 +77,42 @@ class Plan:
         """Do the step. What can be refused is refused before the first write."""
         for batch in self.batches:
             batch.take_settings(optimizer)
+            batch.require_memory()
         grad_norm = None
-        if optimizer.max_grad_norm is not None and self.batches:
+        if optimizer.clips and self.batches:
             grad_norm = global_norm([batch.grads for batch in self.batches])
         scaling = (getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None), grad_norm)
         for batch in self.batches:
             batch.launch(optimizer, scaling)
 
 
+def group_sizes(optimizer) -> list[int]:
+    """Return how many parameters each group has: with their flat list, this says which is in which group."""
+    return [len(group["params"]) for group in optimizer.param_groups]
+
+
 class _Batch:
-    """One op call: the parameters of one device."""
+    """One op call: the parameters of one device.
+
+    Its lists of tensors are `Fixed` and have been checked; each step `Fixed.renew`s them.
+    """
 
     def __init__(self, optimizer, device: torch.device, members: list[tuple[Tensor, str, int]]):
         self.device = device
         params, self.names, self.group_of = map(list, zip(*members, strict=True))
-        self.params = Fixed(params)
+        self.params = _fixed(params)
         self.kernels = ops.implementation(optimizer.requested_impl, device.type)
-        self.contiguous = all(p.is_contiguous() for p in params)
+        self.straight = all(p.is_contiguous() and not p.is_neg() for p in params)
         self.has_16_bit = any(p.dtype != torch.float32 for p in params)
         self.holders = [*map(optimizer.gradient_holder, params)]
         self.mask_words = self.indices = None
         if optimizer.packing is not None:
-            self.indices = Fixed(optimizer.packing.indices(n, device) for n in self.names)
+            self.indices = _fixed(optimizer.packing.indices(n, device) for n in self.names)
         elif optimizer.mask is not None:
             none = torch.empty(0, dtype=torch.int32, device=device)  # no words: the whole tensor is in the child
             mask = optimizer.mask
-            self.mask_words = Fixed(mask.words(n).to(device) if n in mask else none for n in self.names)
+            self.mask_words = _fixed(mask.words(n).to(device) if n in mask else none for n in self.names)
+        self.take_gradients([holder.grad for holder in self.holders])
         self.rows: list | None = None
         self.seeds: list | None = None
         self.take_settings(optimizer)
@@ -176,50 +146,60 @@ class _Batch:
             self.lrs = [lrs[g] for g in self.group_of]
 
     def take_state(self, optimizer) -> None:
+        """Check the state of all parameters and take it in."""
         layout = optimizer.layout
         self.states = [optimizer.state[p] for p in self.params]
-        self.steps, self.exp_avgs, self.exp_avg_sqs = (Fixed(map(itemgetter(k), self.states)) for k in STATE)
+        self.steps, self.exp_avgs, self.exp_avg_sqs = (_fixed(map(itemgetter(k), self.states)) for k in STATE)
         for name, *tensors in zip(self.names, self.params, self.steps, self.exp_avgs, self.exp_avg_sqs, strict=True):
             checks.check_state(f"state of {name!r}", *tensors, layout.shape(name, tensors[0]))
         keys = [layout.companion_key(p) for p in self.params]
-        none = torch.empty(0, dtype=torch.float32, device=self.device)
-        self.companions = Fixed(s[key] if key else none for s, key in zip(self.states, keys, strict=True))
-        for name, param, companion in zip(self.names, self.params, self.companions, strict=True):
-            checks.check_companion(f"companion of {name!r}", companion, param, layout.shape(name, param))
+        self.none = torch.empty(0, dtype=torch.float32, device=self.device)
         self.companion_keys = keys if any(keys) else []
-        self.companions = self.companions if any(keys) else Fixed()
+        self.companions = _fixed(self._companions())
+        for name, param, companion in zip(self.names, self.params, self.companions, strict=False):
+            checks.check_companion(f"companion of {name!r}", companion, param, layout.shape(name, param))
+
+    def _companions(self) -> list[Tensor]:
+        """Return the parameters' companions; an empty list where none has one."""
+        pairs = zip(self.states, self.companion_keys, strict=False)
+        return [state[key] if key else self.none for state, key in pairs]
+
+    def take_gradients(self, grads: list[Tensor]) -> None:
+        """Take gradients that have been checked in, as they must lie for the kernels: row by row, signs resolved."""
+        self.grads = _fixed(grads)
+        self.as_they_lie = all(grad.is_contiguous() and not grad.is_neg() for grad in grads)
+        self._straighten()
+
+    def _straighten(self) -> None:
+        if not self.as_they_lie:
+            self.grads.fill([grad.resolve_neg().contiguous() for grad in self.grads])
 
     def fits(self) -> bool:
-        """Take this step's gradients; return whether they and everything else are as they were checked.
+        """Take this step's tensors; return whether all have the forms that were checked.
 
-        Addresses tell what `module.to(...)`, `p.data = ...` or offloading of the state moved; torch itself sees to
-        the shape and device of a gradient, but not always to its dtype (`grad_dtype`).
+        What has moved (`module.to(...)`, ``tensor.data = ...``, offloading) and kept its form needs no new plan.
         """
         grads = [holder.grad for holder in self.holders]
         try:
-            if [g.dtype for g in grads] != self.params.dtypes:
-                return False
-            if not all(map(Tensor.is_contiguous, grads)):
-                if any(g.layout != torch.strided for g in grads):
-                    return False
-                grads = [g.contiguous() for g in grads]
-        except (AttributeError, RuntimeError):  # a gradient is None, or of a sparse layout that has no strides
+            fit = self.grads.renew(grads) and self.params.renew(self.params)
+            for own, key in zip((self.steps, self.exp_avgs, self.exp_avg_sqs), STATE, strict=True):
+                fit = fit and own.renew(list(map(itemgetter(key), self.states)))
+            fit = fit and self.companions.renew(self._companions())
+        except (TypeError, KeyError):  # a gradient is None; an entry of the state lacks something
             return False
-        self.grads = Fixed(grads)
-        steps, exp_avgs, exp_avg_sqs = (list(map(itemgetter(key), self.states)) for key in STATE)
-        return (
-            _unmoved(self.params, self.params)
-            and _unmoved(exp_avgs, self.exp_avgs)
-            and all(map(is_, exp_avg_sqs, self.exp_avg_sqs))
-            and all(map(is_, steps, self.steps))
-            and all([c is (s[key] if key else c) for c, s, key in self._accompanied()])
-        )
+        for kept in (self.indices, self.mask_words):
+            fit = fit and (kept is None or kept.renew(kept))
+        if fit:
+            self._straighten()
+        return fit
 
-    def _accompanied(self):
-        return zip(self.companions, self.states, self.companion_keys, strict=False)
+    def require_memory(self) -> None:
+        """Refuse tensors whose storage was given back: kernels would write to address 0."""
+        for own in (self.params, self.grads, self.steps, self.exp_avgs, self.exp_avg_sqs, self.companions):
+            _ = own.addresses
 
     def launch(self, optimizer, scaling: tuple[Tensor | None, ...]) -> None:
-        params = self.params if self.contiguous else [p.contiguous() for p in self.params]
+        params = self.params if self.straight else [p.resolve_neg().contiguous() for p in self.params]
         lists = (params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, self.hyper)
         ahead = self.device.type == "cuda"  # a copy to the CPU must be waited for before it is read
         scaling = [None if x is None else x.to(self.device, torch.float32, non_blocking=ahead) for x in scaling]
@@ -233,12 +213,12 @@ class _Batch:
             self.kernels.adamw_bernoulli_(*lists, self.keys, *low, self.lrs, *scaling)
         else:
             self.kernels.adamw_(*lists, *low, self.lrs, *scaling)
-        if not self.contiguous:  # element order is row-major: the kernels saw row-major copies
+        if not self.straight:  # element order is row-major: the kernels saw row-major copies
             for param, updated in zip(self.params, params, strict=True):
                 if updated is not param:
                     param.copy_(updated)
         ops.mark_written(self.params)
-        del self.grads  # a plan outlives the step; gradients must not
+        self.grads.fill([])  # a plan outlives the step; gradients must not
 
 
 def _check_groups(groups: list[dict[str, Any]]) -> None:
@@ -254,5 +234,8 @@ def _scalar_on(device: torch.device, lr: float | Tensor) -> Tensor:
     return torch.full((), float(lr), dtype=torch.float32, device=device)
 
 
-def _unmoved(tensors: list[Tensor], checked: Fixed) -> bool:
-    return bool((addresses(tensors) == checked.addresses).all())
+def _fixed(tensors: Iterable[Tensor]) -> Fixed:
+    """Return a list that knows the forms which its tensors have now."""
+    fixed = Fixed(tensors)
+    _ = fixed.forms
+    return fixed

@@ -42,7 +42,7 @@ class StateLayout:
     def new(self, name: str, param: Tensor) -> dict[str, Tensor]:
         """Return the entry of a parameter that has taken no step yet."""
         shape = self.shape(name, param)
-        entry = {"step": torch.zeros((), dtype=torch.float32, device=param.device)}
+        entry = {"step": torch.zeros((), dtype=torch.float64, device=param.device)}  # counts to 2**32, fp32 to 2**24
         entry |= {key: torch.zeros(shape, dtype=self.moment_dtype, device=param.device) for key in MOMENTS}
         return self.accompanied(name, param, entry)
 
@@ -57,6 +57,16 @@ class StateLayout:
             entry[key] = packed.to(torch.float32, memory_format=torch.contiguous_format)
         return entry
 
+    def completed(self, name: str, param: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
+        """Return an entry as steps need it, after weights were cast or a counter was put in as torch has it.
+
+        Raises:
+            RuntimeError: a moment or the counter is missing, or the counter is not a single number.
+        """
+        if missing := [key for key in STATE if key not in entry]:
+            raise RuntimeError(f"state of {name!r} must hold {', '.join(STATE)}, got no {', '.join(missing)}")
+        return self.accompanied(name, param, {**entry, "step": counter(name, param, entry["step"])})
+
     def arranged(self, name: str, param: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
         """Return a copy of an entry whose tensors are like their parameter, in this layout."""
         dtypes = {**dict.fromkeys(MOMENTS, self.moment_dtype), "master": torch.float32, "compensation": param.dtype}
@@ -65,8 +75,20 @@ class StateLayout:
             value = entry[key].to(param.device, dtypes[key])
             packed = value if self.packing is None else self.packing.pack(name, value)
             arranged[key] = packed.clone(memory_format=torch.contiguous_format)
-        arranged["step"] = torch.as_tensor(entry["step"]).to(param.device, torch.float32, copy=True).view(())
+        arranged["step"] = counter(name, param, entry["step"]).clone()
         return self.accompanied(name, param, arranged)
+
+
+def counter(name: str, param: Tensor, step: Tensor | float) -> Tensor:
+    """Return a step count as float64 [] on the parameter's device; itself where it is one."""
+    step = torch.as_tensor(step)
+    if step.numel() != 1:
+        raise RuntimeError(f"state of {name!r}: step must be one number, got shape {tuple(step.shape)}")
+    return (
+        step
+        if step.dtype == torch.float64 and not step.dim() and step.device == param.device
+        else (step.detach().to(param.device, torch.float64).view(()))
+    )
 
 
 def dense(entry: dict[str, Any], words: Tensor | None, param: Tensor) -> dict[str, Any]:

@@ -38,6 +38,11 @@ CHILDTUNE_INLINE double integer_power(double base, uint32_t exponent) {
   return power;
 }
 
+// The step that a counter stands before. It stays at the last one that the mask stream has, rather than begin again.
+CHILDTUNE_INLINE uint32_t next_step(double counter) {
+  return counter < 4294967295.0 ? static_cast<uint32_t>(counter) + 1 : 4294967295u;
+}
+
 // In fp64, rounded to fp32 once. Pointers may be null: `lr` replaces the table's, `grad_scale` divides the gradients,
 // `grad_norm` is the global norm of the gradients as stored, still scaled.
 CHILDTUNE_INLINE Scalars derive_scalars(

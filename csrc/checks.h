@@ -112,7 +112,7 @@ inline void check_update(const UpdateLists& u, const Tensors* indices = nullptr)
     check("grads", u.grads, param.scalar_type(), is_packed(u, i) ? moments : param.numel());
     check("exp_avgs", u.exp_avgs, u.exp_avgs[i].scalar_type(), moments);
     check("exp_avg_sqs", u.exp_avg_sqs, u.exp_avgs[i].scalar_type(), moments);
-    check("steps", u.steps, ScalarType::Float, 1);
+    check("steps", u.steps, ScalarType::Double, 1);
     if (!u.lrs.empty()) check("lrs", u.lrs, ScalarType::Float, 1);
   }
   const auto check_scalar = [&](const char* name, const MaybeTensor& value) {

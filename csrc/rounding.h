@@ -51,6 +51,22 @@ CHILDTUNE_INLINE void round_stochastically(float x, uint32_t word, c10::Half& re
   result = static_cast<c10::Half>(x);
 }
 
+// The fp32 weight that a 16-bit one and its companion stand for. Where they no longer round to it, somebody has
+// replaced the weight: it counts. A compensation may have been rounded up to half a unit of its weight, not beyond.
+constexpr float kWithin = 1.0f - 0x1p-8f;
+
+template <typename T>
+CHILDTUNE_INLINE float master_or_weight(float master, T weight) {
+  const float w = static_cast<float>(weight);
+  return static_cast<float>(static_cast<T>(master)) == w ? master : w;
+}
+
+template <typename T>
+CHILDTUNE_INLINE float compensated_weight(T weight, T compensation) {
+  const float w = static_cast<float>(weight), c = static_cast<float>(compensation);
+  return static_cast<float>(static_cast<T>(w + c * kWithin)) == w ? w + c : w;
+}
+
 // What rounding left over.
 template <typename T>
 CHILDTUNE_INLINE T left_over(float x, T rounded) {

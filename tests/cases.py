@@ -84,7 +84,7 @@ class Case:
         self.params, self.exp_avgs, self.exp_avg_sqs = (
             [self._place(row[k], i + k) for i, row in enumerate(self.golden)] for k in range(3)
         )
-        self.steps = [torch.zeros((), device=device) for _ in range(n)]
+        self.steps = [torch.zeros((), dtype=torch.float64, device=device) for _ in range(n)]
         self.t = 0
         self.rows = [hyper_row(i) for i in range(n)] if rows is None else rows(n)
         self.hyper = torch.tensor(self.rows, dtype=torch.float64).view(n, len(ops.HYPER_COLUMNS))

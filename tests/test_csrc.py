@@ -53,7 +53,7 @@ def make_lists(weight_dtype, moment_dtype, *, shapes=SHAPES, p=0.3, max_grad_nor
         dtypes, shifts = (weight_dtype, weight_dtype, moment_dtype, moment_dtype), (i % 2, i % 5, 0, i % 3)
         for tensors, value, dtype, shift in zip(lists, values, dtypes, shifts, strict=True):
             tensors.append(offset_view(value.to(dtype), shift))
-    steps = [torch.tensor(float(10 * i)) for i in range(len(shapes))]
+    steps = [torch.tensor(float(10 * i), dtype=torch.float64) for i in range(len(shapes))]
     rows = []
     for i in range(len(shapes)):
         lr, betas, decay, sign = 1e-3 * (i + 1), (0.9 - 0.01 * i, 0.999 - 0.01 * i), 0.01 * (i % 3), (-1.0) ** (i // 2)
@@ -300,8 +300,8 @@ BROKEN = {
     "exp_avgs[0] must be contiguous": lambda a: a[2].__setitem__(0, torch.zeros(2, 4).t()),
     "exp_avg_sqs[2] must be Float, got BFloat16": lambda a: a[3].__setitem__(2, a[3][2].bfloat16()),
     "exp_avgs must have 3 entries, one a parameter, got 2": lambda a: a[2].pop(),
-    "steps[2] must be Float, got Long": lambda a: a[4].__setitem__(2, torch.tensor(1)),
-    "steps[1] must have 1 elements": lambda a: a[4].__setitem__(1, torch.ones(2)),
+    "steps[2] must be Double, got Long": lambda a: a[4].__setitem__(2, torch.tensor(1)),
+    "steps[1] must have 1 elements": lambda a: a[4].__setitem__(1, torch.ones(2).double()),
     "hyper must be": lambda a: a.__setitem__(5, a[5].float()),
     "hyper must be a contiguous Double": lambda a: a.__setitem__(5, a[5][:2]),
 }

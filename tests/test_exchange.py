@@ -117,7 +117,8 @@ def test_state_of_another_mask_is_refused(kind):
     saved = copy.deepcopy(opt.state_dict())
     dense = {n: child_mask().to_dense(n) for n in child_mask()}
     dense["head.weight"] = dense["head.weight"].roll(1)  # as many weights, in other places
-    fresh, other = into(kind, optimizer(model(), kind).state_dict(), named, mask=ChildMask.from_dense(dense))
+    mask = ChildMask.from_dense(dense)
+    fresh, other = into(kind, optimizer(model(), kind, mask=mask).state_dict(), named, mask=mask)
     train(other, fresh, [1])
     before = weights_of(fresh) + snapshot(state_of(other))
     with pytest.raises(ValueError, match="child of 'head.weight' must be of this optimizer's mask, got \"another"):

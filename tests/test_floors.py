@@ -20,7 +20,7 @@ FLOORS = [
     {"selection"},
     {"mask"},
     {"fisher", "delta", "distributed", "audit"},
-    {"child"},
+    {"child", "groups"},
     {"state"},
     {"plan", "exchange"},
     {"hooks"},
@@ -104,6 +104,8 @@ def test_csrc_keeps_to_the_stable_abi():
     if not sources:
         pytest.skip("an installed package has no sources")
     for source in sources:
+        if source.parent.name == "python":  # reads lists of tensors, which needs torch's own ABI: see setup.py
+            continue
         text = source.read_text(encoding="utf-8")
         for banned in ("<ATen", '"ATen', "at::", "<c10/", '"c10/', "pybind", "TORCH_LIBRARY_FRAGMENT(", "m.def("):
             assert banned not in text.replace("STABLE_TORCH_LIBRARY", ""), f"{source.name} has {banned}"

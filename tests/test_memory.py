@@ -35,9 +35,9 @@ def test_by_hand():
     memory = predict({"a": (100, 10), "b": (24,)}, p=0.1, weight_dtype=torch.bfloat16)
     child = 100 + 2
     assert (memory.parameters, memory.weights, memory.gradients) == (1024, 2048, 2048)
-    assert (memory.moments, memory.companions, memory.indices) == (8 * child + 8, 4 * child, 4 * child)
-    assert memory.mask == 128 and memory.total == 2 * 2048 + 16 * child + 8
-    assert predict({"a": (100, 10), "b": (24,)}).moments == 8 * 1024 + 8
+    assert (memory.moments, memory.companions, memory.indices) == (8 * child + 16, 4 * child, 4 * child)
+    assert memory.mask == 128 and memory.total == 2 * 2048 + 16 * child + 16
+    assert predict({"a": (100, 10), "b": (24,)}).moments == 8 * 1024 + 16
     assert predict({"a": (100, 10), "b": (24,)}, p=0.1, pack_gradients=True).gradients == 4 * (102 + 1024)
     large = {"a": (10_000, 10_000), "b": (10_000, 10_000)}
     assert predict(large, p=0.1, pack_gradients=True).gradients == 4 * (2 * 10**7 + 10**8) + TOGETHER
@@ -49,7 +49,7 @@ def test_by_hand():
 def test_a_tenth_of_the_state():
     """1.2 bytes a weight where AdamW has 8, and the mask's bit, which the CPU holds."""
     memory = predict({"w": (10_000, 100)}, p=0.1)
-    assert memory.state == 1_200_000 + 4 and memory.mask == 125_000
+    assert memory.state == 1_200_000 + 8 and memory.mask == 125_000
 
 
 def test_packed_gradients_are_counted():
@@ -58,9 +58,12 @@ def test_packed_gradients_are_counted():
         layer.named_parameters(), mask=ChildMask.from_dense({"weight": torch.eye(8).bool()}), pack_gradients=True
     )
     layer(torch.ones(1, 8)).sum().backward()
+    assert opt.memory().gradients == 4 * 64  # it waits to be packed
+    opt.hooks.pack()
+    assert opt.memory().gradients == 4 * 8
     opt.step()
     memory = opt.memory()
-    assert memory.gradients == 4 * 8 and memory.moments == 2 * 4 * 8 + 4 and memory.indices == 4 * 8
+    assert memory.gradients == 0 and memory.moments == 2 * 4 * 8 + 8 and memory.indices == 4 * 8
 
 
 def test_before_the_first_step():

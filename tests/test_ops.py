@@ -81,7 +81,7 @@ def test_stochastic_rounding_goes_to_a_neighbour_and_is_right_on_average(dtype, 
     zeros = [torch.zeros(param.shape, device=place.device) for _ in range(2)]
     row = hyper_row(lr=1.0, beta1=0.0, beta2=0.0, eps=1.0, weight_decay=0.1)
     hyper = torch.tensor([row], dtype=torch.float64)
-    step = torch.zeros((), device=place.device)
+    step = torch.zeros((), dtype=torch.float64, device=place.device)
     key = philox.stream_key(3, "w")
     lists = ([param], [torch.zeros_like(param)], zeros[:1], zeros[1:], [step], hyper)
     place.kernels.adamw_(*lists, [], [key], [])

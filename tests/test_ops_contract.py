@@ -25,7 +25,7 @@ def arguments(device="cpu", n=3) -> dict:
         grads=[torch.randn(s, device=device).to(d) for s, d in specs],
         exp_avgs=[torch.zeros(s, device=device) for s, _ in specs],
         exp_avg_sqs=[torch.zeros(s, device=device) for s, _ in specs],
-        steps=[torch.zeros((), device=device) for _ in specs],
+        steps=[torch.zeros((), dtype=torch.float64, device=device) for _ in specs],
         hyper=torch.tensor([hyper_row(i, p=0.5) for i in range(n)], dtype=torch.float64).view(n, -1),
         keys=[philox.stream_key(3, str(i)) for i in range(n)],
         mask_words=[ops.pack_bits(torch.rand(s, device=device) < 0.5) for s, _ in specs],
@@ -227,7 +227,7 @@ BAD = [
     ("grad-complex", ALL, _set("grads", 0, lambda v: v.to(torch.complex64)), r"params\[0\] must .* got .*complex64"),
     ("grad-strides", ALL, _set("grads", 1, _strided), r"grads\[1\] must be contiguous, got"),
     ("step-dtype", ALL, _set("steps", 2, torch.zeros((), dtype=torch.int64)), "state 2: step must be .*int64"),
-    ("step-numel", ALL, _set("steps", 2, torch.zeros(2)), "state 2: step must be one float32 on cpu, got 2 x"),
+    ("step-numel", ALL, _set("steps", 2, torch.zeros(2).double()), "state 2: step must be one float64 on cpu, got 2 x"),
     ("moment-dtype", ALL, _set("exp_avgs", 1, lambda v: v.double()), "state 1: exp_avg must .* got .*float64"),
     ("moment-pair", ALL, _set("exp_avg_sqs", 1, lambda v: v.half()), "state 1: exp_avg_sq must .* got .*float16"),
     ("moment-shape", ALL, _set("exp_avgs", 1, WIDE), r"state 1: exp_avg must have shape \(3, 7\).* got \(7, 3\)"),
@@ -282,7 +282,7 @@ ZEROS = torch.zeros(3)
 def test_check_update_refuses_devices_and_dtypes(params, changed, message):
     """Called directly: a list with a meta tensor would be dispatched to the fake."""
     lists = {name: changed.get(name, params) for name in ("grads", "exp_avgs", "exp_avg_sqs")}
-    steps = [torch.zeros((), device=p.device) for p in params]
+    steps = [torch.zeros((), dtype=torch.float64, device=p.device) for p in params]
     hyper = torch.tensor([hyper_row()] * len(params), dtype=torch.float64)
     with pytest.raises((RuntimeError, TypeError), match=message):
         checks.check_update(params, *lists.values(), steps, hyper, {"lrs": (), **changed})

@@ -35,7 +35,7 @@ _LOW_PRECISION = "Tensor(e!)[] companions, int[] rounding_keys, "
 # exp_avgs, exp_avg_sqs   shaped like params; one dtype a parameter
 # indices       int32 [m]: the child's elements in ascending order; moments are then [m], grads [m] or like params.
 #               Or [0], with moments like params: the whole tensor; with moments [0]: nothing of it
-# steps         float32 [], advanced by one; the new value is the mask stream's t
+# steps         float64 [], advanced by one; the new value is the mask stream's t, which stays at 2**32 - 1
 # hyper         float64 [n, len(HYPER_COLUMNS)] on CPU
 # lrs           empty, or float32 [] per parameter, replacing hyper's lr: live under CUDA graphs
 # grad_scale    gradients are divided by it; found_inf: not 0, nothing is written; grad_norm: for max_grad_norm

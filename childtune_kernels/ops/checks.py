@@ -105,7 +105,7 @@ def check_state(
     label: str, param: Tensor, step: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, shape: tuple[int, ...] | None = None
 ) -> None:
     """Refuse optimizer state that does not fit its parameter; ``shape``: of the moments, by default the parameter's."""
-    _check_scalar(f"{label}: step", step, param.device)
+    _check_scalar(f"{label}: step", step, param.device, torch.float64)
     _check_like(f"{label}: exp_avg", exp_avg, param, WEIGHT_DTYPES, shape)
     _check_like(f"{label}: exp_avg_sq", exp_avg_sq, param, (exp_avg.dtype,), shape)
 
@@ -284,10 +284,11 @@ def _check_like(
         raise RuntimeError(f"{label} must be contiguous, got strides {value.stride()}")
 
 
-def _check_scalar(label: str, value: Tensor, device: torch.device) -> None:
-    if value.dtype != torch.float32 or value.numel() != 1 or value.device != device:
+def _check_scalar(label: str, value: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    if value.dtype != dtype or value.numel() != 1 or value.device != device:
+        expected = str(dtype).removeprefix("torch.")
         raise RuntimeError(
-            f"{label} must be one float32 on {device}, got {value.numel()} x {value.dtype} on {value.device}"
+            f"{label} must be one {expected} on {device}, got {value.numel()} x {value.dtype} on {value.device}"
         )
 
 

@@ -12,7 +12,8 @@ One written order of IEEE operations, each rounded once. The update of one weigh
 
 The scalars come from `derive_scalars`, in fp64 and rounded to fp32 once. A 16-bit weight is rounded to nearest, or
 one of these: ``w`` lives in an fp32 master, and the weight is its copy; ``w`` is the sum of the weight and a
-compensation of its dtype, which takes what rounding left over (Kahan); the weight is rounded stochastically.
+compensation of its dtype, which takes what rounding left over (Kahan); the weight is rounded stochastically. Where
+master or sum no longer round to the weight, somebody has replaced the weight since, and ``w`` is the weight.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ HYPER_COLUMNS = (
 )
 _PRODUCTS = 1 << 24  # elements of per-example gradients that fisher_linear_ holds at a time: 64 MB
 _MIN_NORMAL_HALF = 2.0**-14  # the smallest normal fp16
-STEP_BITS = 24  # an fp32 step counter is exact below 2**24
+STEP_BITS = 32  # of t, as the mask stream has it
+LAST_STEP = 2**STEP_BITS - 1  # at which t stays, rather than begin again
+_WITHIN = 1 - 2.0**-8  # a compensation may have been rounded up to half a unit of its weight, but not beyond
 
 
 class Scalars(NamedTuple):
@@ -150,6 +153,16 @@ def decay_weights(param: Tensor, s: Scalars) -> Tensor:
     return w + s.shrink_after * w
 
 
+def standing_weights(param: Tensor, companion: Tensor) -> Tensor:
+    """Return the fp32 weights that 16-bit ones and their companions stand for, or the weights that were replaced."""
+    w, beside = param.float(), companion.float()
+    if companion.dtype == torch.float32:
+        exact, nearby = beside, beside
+    else:
+        exact, nearby = w + beside, w + beside * _WITHIN
+    return torch.where(nearby.to(param.dtype) == param, exact, w)
+
+
 def round_stochastically(x: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
     """Round fp32 to one of the two nearest 16-bit values, up with the probability of the distance: on average exact.
 
@@ -179,7 +192,7 @@ class _Step:
             None if x is None else x.to(device) for x in (grad_scale, found_inf, grad_norm)
         )
         self.skip = None if found_inf is None else found_inf != 0
-        self.t = torch.stack([step.to(torch.int64) for step in steps]) + 1
+        self.t = (torch.stack([step.to(torch.int64) for step in steps]) + 1).clamp(max=LAST_STEP)
         columns = derive_scalars(self.t, hyper.to(device), torch.stack(lrs) if lrs else None, grad_scale, grad_norm)
         self.scalars = [Scalars(*row) for row in zip(*(column.unbind() for column in columns), strict=True)]
         for step in steps:
@@ -196,13 +209,9 @@ class _Step:
                 words = philox.words(elements, key, self.t[i], philox.STOCHASTIC_ROUNDING)
                 w = round_stochastically(w, words.view(w.shape), param.dtype)
             self.write(param, w)
-        elif companion.dtype == torch.float32:
-            w = advance_weights(companion, m, v, s)
-            self.write(companion, w)
-            self.write(param, w)
         else:
-            w = advance_weights(param.float() + companion.float(), m, v, s)
-            self.write(companion, w - w.to(param.dtype).float())
+            w = advance_weights(standing_weights(param, companion), m, v, s)
+            self.write(companion, w if companion.dtype == torch.float32 else w - w.to(param.dtype).float())
             self.write(param, w)
 
     def write(self, target: Tensor, value: Tensor) -> None:

@@ -11,6 +11,7 @@ import triton.language as tl
 # What lies beside the weights of a launch: COMPENSATION of their dtype, or an fp32 MASTER.
 NO_COMPANION, COMPENSATION, MASTER = map(tl.constexpr, range(3))
 _MIN_NORMAL_HALF = tl.constexpr(2.0**-14)
+_WITHIN = tl.constexpr(1 - 2.0**-8)  # see `reference.standing_weights`
 
 
 @triton.jit
@@ -48,12 +49,16 @@ def rounded_stochastically(x, words, DTYPE: tl.constexpr, INTERPRET: tl.constexp
 
 @triton.jit
 def load_weights(param_ptr, companion_ptr, inside, COMPANION: tl.constexpr, INTERPRET: tl.constexpr):
-    """Return the fp32 weights, wherever their bits are."""
-    if COMPANION == MASTER:
-        return tl.load(companion_ptr, mask=inside)
+    """Return the fp32 weights, wherever their bits are; see `reference.standing_weights`."""
+    DTYPE: tl.constexpr = param_ptr.dtype.element_ty
     param = widened(tl.load(param_ptr, mask=inside), INTERPRET)
-    if COMPANION == COMPENSATION:
-        param = param + widened(tl.load(companion_ptr, mask=inside), INTERPRET)
+    if COMPANION == MASTER:
+        master = tl.load(companion_ptr, mask=inside)
+        param = tl.where(widened(rounded(master, DTYPE, INTERPRET), INTERPRET) == param, master, param)
+    elif COMPANION == COMPENSATION:
+        beside = widened(tl.load(companion_ptr, mask=inside), INTERPRET)
+        nearby = widened(rounded(param + beside * _WITHIN, DTYPE, INTERPRET), INTERPRET)
+        param = tl.where(nearby == param, param + beside, param)
     return param
 
 

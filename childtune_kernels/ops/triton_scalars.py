@@ -15,7 +15,7 @@ PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, COMPANION, STEP, LR, KEY, ROUNDING_KEY, CHILD,
     tl.constexpr, range(12)
 )
 SCALARS = tl.constexpr(16)  # 32-bit words a parameter in the table of derived scalars: one 64-byte line
-STEP_BITS = tl.constexpr(24)
+STEP_BITS, LAST_STEP = tl.constexpr(32), tl.constexpr(2**32 - 1)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -43,10 +43,10 @@ def begin_kernel(table, scalars, n, grad_scale, found_inf, grad_norm, HAS_LRS: t
     apply = own
     if found_inf is not None:
         apply = own & (tl.load(found_inf + 0 * i) == 0.0)  # a lane each: the interpreter cannot spread a bool
-    step_ptr = tl.load(table + STEP * n + i, mask=own, other=0).to(tl.pointer_type(tl.float32))
+    step_ptr = tl.load(table + STEP * n + i, mask=own, other=0).to(tl.pointer_type(tl.float64))
     step = tl.load(step_ptr, mask=own, other=0.0) + 1.0
     tl.store(step_ptr, step, mask=apply)
-    t = step.to(tl.int64)
+    t = tl.minimum(step.to(tl.int64), LAST_STEP)
 
     one = tl.full([BLOCK], 1.0, tl.float64)
     scale = one

@@ -17,10 +17,9 @@ std::vector<Scalars> begin_step(const UpdateLists& u) {
   std::vector<Scalars> scalars;
   if (u.params.empty() || (found_inf && *found_inf != 0)) return scalars;
   for (size_t i = 0; i < u.params.size(); ++i) {
-    auto* step = static_cast<float*>(u.steps[i].mutable_data_ptr());
+    auto* step = static_cast<double*>(u.steps[i].mutable_data_ptr());
     const float* lr = u.lrs.empty() ? nullptr : static_cast<const float*>(u.lrs[i].const_data_ptr());
-    const uint32_t t = static_cast<uint32_t>(*step) + 1;
-    scalars.push_back(derive_scalars(t, u.hyper_row(i), lr, maybe_data(u.grad_scale), maybe_data(u.grad_norm)));
+    scalars.push_back(derive_scalars(next_step(*step), u.hyper_row(i), lr, maybe_data(u.grad_scale), maybe_data(u.grad_norm)));
     *step += 1;
   }
   return scalars;

@@ -67,17 +67,27 @@ void store(const float* buffer, void* data, ScalarType dtype, int64_t start, int
   if (dtype == ScalarType::Half) narrow(buffer, static_cast<c10::Half*>(data) + start, n);
 }
 
+// Turns n 16-bit weights into those that they and their companions, from `start` on, stand for.
+template <typename T>
+C10_ALWAYS_INLINE float* complete(const Parameter& p, const T* weights, int64_t start, int n, float* buffer) {
+  if (p.master) {
+    float* master = static_cast<float*>(p.master) + start;
+#pragma omp simd
+    for (int i = 0; i < n; ++i) master[i] = master_or_weight(master[i], weights[i]);
+    return master;
+  }
+  const T* lacking = static_cast<const T*>(p.compensation) + start;
+#pragma omp simd
+  for (int i = 0; i < n; ++i) buffer[i] = compensated_weight(weights[i], lacking[i]);
+  return buffer;
+}
+
 // n weights as fp32, wherever their bits are.
 C10_ALWAYS_INLINE float* load_weights(const Parameter& p, int64_t start, int n, float* buffer) {
-  if (p.master) return static_cast<float*>(p.master) + start;
-  float* param = load(p.param, p.weight_dtype, start, n, buffer);
-  if (p.compensation) {
-    alignas(64) float lacking[kBlock];
-    load(p.compensation, p.weight_dtype, start, n, lacking);
-#pragma omp simd
-    for (int i = 0; i < n; ++i) param[i] += lacking[i];
-  }
-  return param;
+  if (!p.master && !p.compensation) return load(p.param, p.weight_dtype, start, n, buffer);
+  if (p.weight_dtype == ScalarType::BFloat16)
+    return complete(p, static_cast<const c10::BFloat16*>(p.param) + start, start, n, buffer);
+  return complete(p, static_cast<const c10::Half*>(p.param) + start, start, n, buffer);
 }
 
 // Rounds n fp32 weights to 16 bit; `start` is where their companions are. words: null, or 32 random bits a weight.
@@ -189,14 +199,19 @@ void scatter(const Parameter& p, const float* param, int64_t start, int n) {
   for (int i = 0; i < n; ++i) static_cast<T*>(p.param)[indices[i]] = rounded[i];
 }
 
+template <typename T>
+float* gather_completed(const Parameter& p, int64_t start, int n, float* buffer) {
+  alignas(64) T weights[kBlock];
+  for (int i = 0; i < n; ++i) weights[i] = static_cast<const T*>(p.param)[p.indices[start + i]];
+  return complete(p, weights, start, n, buffer);
+}
+
 float* gather_weights(const Parameter& p, int64_t start, int n, float* buffer) {
-  if (p.master) return static_cast<float*>(p.master) + start;
-  gather(p.param, p.weight_dtype, p.indices + start, n, buffer);
-  if (p.compensation) {
-    alignas(64) float lacking[kBlock];
-    load(p.compensation, p.weight_dtype, start, n, lacking);
-    for (int i = 0; i < n; ++i) buffer[i] += lacking[i];
+  if (p.master || p.compensation) {
+    if (p.weight_dtype == ScalarType::BFloat16) return gather_completed<c10::BFloat16>(p, start, n, buffer);
+    return gather_completed<c10::Half>(p, start, n, buffer);
   }
+  gather(p.param, p.weight_dtype, p.indices + start, n, buffer);
   return buffer;
 }
 

@@ -11,7 +11,7 @@ namespace {
 enum class Mask { kNone, kBernoulli, kChild, kCompact };
 
 struct ScalarRecord {
-  float* step;
+  double* step;
   const float* lr;  // null: the table's
   Hyper hyper;
 };
@@ -47,9 +47,8 @@ __global__ void scalars_kernel(
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= table.size || overflowed(state.found_inf)) return;
   const ScalarRecord& record = table.records[i];
-  const uint32_t t = static_cast<uint32_t>(*record.step) + 1;
-  scalars[i] = derive_scalars(t, record.hyper, record.lr, state.grad_scale, state.grad_norm);
-  *record.step += 1.0f;
+  scalars[i] = derive_scalars(next_step(*record.step), record.hyper, record.lr, state.grad_scale, state.grad_norm);
+  *record.step += 1.0;
 }
 
 // One bit an element of the group: is it in the child network? Bits outside the tensor do not matter.
@@ -64,8 +63,9 @@ __device__ void add_companions(const UpdateRecord& r, int64_t start, int n, floa
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) {
     if (j >= n) break;
-    param[j] = r.is_master ? static_cast<const float*>(r.companion)[start + j]
-                           : param[j] + static_cast<float>(static_cast<const Weight*>(r.companion)[start + j]);
+    const Weight stored = static_cast<Weight>(param[j]);  // exact: it was widened from there
+    param[j] = r.is_master ? master_or_weight(static_cast<const float*>(r.companion)[start + j], stored)
+                           : compensated_weight(stored, static_cast<const Weight*>(r.companion)[start + j]);
   }
 }
 
@@ -216,7 +216,7 @@ void launch_scalars(const UpdateLists& u, Scalars* scalars, const GradientState&
     for (int i = 0; i < table.size; ++i) {
       const size_t p = start + i;
       const auto* lr = u.lrs.empty() ? nullptr : static_cast<const float*>(u.lrs[p].const_data_ptr());
-      table.records[i] = {static_cast<float*>(u.steps[p].mutable_data_ptr()), lr, u.hyper_row(p)};
+      table.records[i] = {static_cast<double*>(u.steps[p].mutable_data_ptr()), lr, u.hyper_row(p)};
     }
     scalars_kernel<<<blocks_for(table.size, kThreads), kThreads, 0, stream>>>(table, scalars + start, state);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
