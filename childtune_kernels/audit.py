@@ -8,23 +8,27 @@ import torch
 from torch import Tensor
 
 from . import ops, philox
+from .names import canonical, listed, matching
 from .ops.checks import require
 
 
 def describe(optimizer) -> str:
-    """Return a table: per group, how many weights there are and which share of the gradient reaches them."""
+    """Return a table: per group, how many weights are trained and which share of the gradient reaches them."""
     mask = optimizer.mask
     lines = [f"{'group':>5} {'tensors':>8} {'weights':>14} {'in child':>14} {'share':>7}  rule"]
     for index, group in enumerate(optimizer.param_groups):
-        own = [(p, name) for p, name, g in optimizer.named() if g is group]
+        whole = [(p, name) for p, name, g in optimizer.named() if g is group]
+        own = [(p, name) for p, name in whole if p.requires_grad]
         weights = sum(p.numel() for p, _ in own)
         masked = [name for _, name in own if mask is not None and name in mask]
         child = weights + sum(mask.count(name) - mask.shape(name).numel() for name in masked)
         rules = [f"D: {len(masked)} tensors masked, decay={optimizer.decay!r}"] if masked else []
         if group["reserve_p"] < 1:
             rules.append(f"F: a fresh {group['reserve_p']:g} of the gradient each step, seed {group['seed']}")
+        if frozen := [p.numel() for p, _ in whole if not p.requires_grad]:
+            rules.append(f"frozen: {len(frozen)} tensors of {sum(frozen):,} weights")
         share = child / weights if weights else 0.0
-        rule = "; ".join(rules) or "every weight"
+        rule = "; ".join(rules if masked or group["reserve_p"] < 1 else ["every weight", *rules])
         lines.append(f"{index:>5} {len(own):>8} {weights:>14,} {child:>14,} {share:>7.2%}  {rule}")
     state = f"state {'dense' if optimizer.packing is None else 'packed'}, moments {optimizer.state_dtype}"
     low = f"16-bit weights: {optimizer.low_precision}"
@@ -34,10 +38,10 @@ def describe(optimizer) -> str:
 def mask_at(optimizer, step: int, name: str) -> Tensor:
     """Regenerate the gradient mask of one parameter at one step; see `ChildAdamW.mask_at`."""
     require("step", step, isinstance(step, int) and step >= 1, "an integer of at least 1")
-    found = [(param, group) for param, own_name, group in optimizer.named() if own_name == name]
-    if not found:
-        raise KeyError(f"name must be one of the optimizer's parameter names, got {name!r}")
-    param, group = found[0]
+    rows = {own_name: (param, group) for param, own_name, group in optimizer.named()}
+    if (own_name := matching(name, rows)) is None:
+        raise KeyError(f"name must be one of the optimizer's parameter names ({listed(list(rows))}), got {name!r}")
+    name, (param, group) = own_name, rows[own_name]
     keep = torch.ones(param.shape, dtype=torch.bool, device=param.device)
     if optimizer.mask is not None and name in optimizer.mask:
         keep = optimizer.mask.to_dense(name).to(param.device)
@@ -57,8 +61,9 @@ def thawed(optimizer, reference: Mapping[str, Tensor]) -> dict[str, int]:
     """
     differing = {}
     params = {name: param for param, name, _ in optimizer.named()}
+    references = dict(zip(canonical(reference), reference.values(), strict=True))
     for name in optimizer.mask:
-        param, other = params[name], reference.get(name)
+        param, other = params[name], references.get(name)
         expected = f"{tuple(param.shape)} {param.dtype}"
         got = "nothing" if other is None else f"{tuple(other.shape)} {other.dtype}"
         require(f"reference of {name!r}", got, got == expected, expected)

@@ -222,7 +222,7 @@ class ChildAdamW(torch.optim.Optimizer):
         return audit.mask_at(self, step, name)
 
     def describe(self) -> str:
-        """Return a table: per group, how many weights there are and which share of the gradient reaches them."""
+        """Return a table: per group, how many weights are trained and which share of the gradient reaches them."""
         return audit.describe(self)
 
     def memory(self) -> Memory:

@@ -37,12 +37,17 @@ def check_parameter(label: str, param: Tensor) -> None:
     """Refuse a parameter that no kernel serves.
 
     Raises:
-        TypeError: its dtype is not float32, bfloat16 or float16, or it is a DTensor.
+        TypeError: its dtype is not float32, bfloat16 or float16, or it is a DTensor or a shard of FSDP1.
     """
     if param.dtype not in WEIGHT_DTYPES:
         raise TypeError(f"{label} must have dtype float32, bfloat16 or float16, got {param.dtype}")
     if type(param).__name__ == "DTensor":
         raise TypeError(f"{label} must be an ordinary tensor, got a DTensor: sharded parameters are not supported yet")
+    if getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False):
+        raise TypeError(
+            f"{label} must be an ordinary tensor, got a shard of FullyShardedDataParallel, where masks would begin at "
+            "element 0 on every rank: sharded parameters are not supported yet"
+        )
 
 
 def check_update(

@@ -86,16 +86,15 @@ class Fixed(list):
             RuntimeError: a tensor has elements and no memory, its storage having been given back.
         """
         found = addresses(self)
-        lost = np.flatnonzero((found == 0) & self.has_elements)
-        if lost.size:
+        if not found.all() and (lost := np.flatnonzero((found == 0) & (self.sizes != 0))).size:
             shape = tuple(self[lost[0]].shape)
             raise RuntimeError(f"tensor {lost[0]} of shape {shape} must have memory, got a storage that was given back")
         return found
 
     @cached_property
-    def has_elements(self) -> np.ndarray:
-        """Whether each tensor has any, bool [n]."""
-        return np.array(self.numels) != 0
+    def sizes(self) -> np.ndarray:
+        """`numels` as int64 [n]."""
+        return np.array(self.numels, np.int64)
 
     @cached_property
     def numels(self) -> tuple[int, ...]:

@@ -191,7 +191,7 @@ def _run(rule, lists, keys, children, companions, rounding_keys, lrs, grad_scale
     device, n = params[0].device, len(params)
     block, part, scalar_part, num_warps = _sizes(rule, bool(companions) or bool(rounding_keys))
     compact = rule in (_COMPACT.value, _COMPACT_BERNOULLI.value)
-    sparse = compact and sum(exp_avgs.numels) <= _SPARSE_CHILD * sum(params.numels)
+    sparse = compact and exp_avgs.sizes.sum() <= _SPARSE_CHILD * params.sizes.sum()
 
     def lay_out():
         beside = [c.dtype if c.numel() else None for c in companions] or [None] * n
@@ -273,6 +273,6 @@ def adamw_compact_(
     lists = (Fixed.of(params), Fixed.of(grads), Fixed.of(exp_avgs), exp_avg_sqs, steps, hyper)
     p = hyper.numpy()[:, HYPER_COLUMNS.index("reserve_p")]
     rule = (_COMPACT_BERNOULLI if (p < 1).any() else _COMPACT).value
-    packed = np.array(lists[1].numels) != np.array(lists[0].numels)
+    packed = lists[1].sizes != lists[0].sizes
     children = Fixed.of(indices).addresses | packed * GRAD_PACKED.value
     _run(rule, lists, keys, children, companions, rounding_keys, lrs, grad_scale, found_inf, grad_norm)
