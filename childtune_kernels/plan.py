@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops, philox
+from .child import check_shape
 from .groups import SAMPLED_CHILD, check_group, hyper_row
 from .ops import checks
 from .ops.checks import require
@@ -48,6 +49,8 @@ class Plan:
         for (param, name, _), group in zip(optimizer.named(), group_of, strict=True):
             if param in wanted and (grad := optimizer.gradient_holder(param).grad) is not None:
                 checks.check_parameter(f"params: {name!r}", param)
+                if optimizer.mask is not None and name in optimizer.mask:
+                    check_shape(optimizer.mask, name, param)  # indices and words were made for that
                 checks.check_packed_gradient(f"parameter {name!r}", grad, param, optimizer.layout.shape(name, param))
                 rows.setdefault(param.device, []).append((param, name, group))
         self.batches = [_Batch(optimizer, device, members) for device, members in rows.items()]
@@ -152,6 +155,10 @@ class _Batch:
         self.steps, self.exp_avgs, self.exp_avg_sqs = (_fixed(map(itemgetter(k), self.states)) for k in STATE)
         for name, *tensors in zip(self.names, self.params, self.steps, self.exp_avgs, self.exp_avg_sqs, strict=True):
             checks.check_state(f"state of {name!r}", *tensors, layout.shape(name, tensors[0]))
+        for name, index, param, moment in zip(self.names, self.indices or (), self.params, self.exp_avgs, strict=False):
+            shape = checks.check_indices(f"indices of {name!r}", index, param, moment)
+            expected = tuple(moment.shape)
+            require(f"indices of {name!r}", shape, shape == expected, f"for moments of {expected}")
         keys = [layout.companion_key(p) for p in self.params]
         self.none = torch.empty(0, dtype=torch.float32, device=self.device)
         self.companion_keys = keys if any(keys) else []
