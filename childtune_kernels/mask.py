@@ -6,17 +6,18 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .files import replacing
+from .files import Envelope, reading, write
+from .names import canonical, common_prefix, listed, matching, named_parameters, unwrapped
 from .selection import random_words
 
-_FORMAT, _VERSION = "childtune_kernels.ChildMask", "1"
+_FORMAT, _VERSION = "childtune_kernels.ChildMask", "2"
 _ALIGNMENT = 16  # bytes: where each tensor's bits start, in memory and in files
 _SHOWN = 10  # names that an error lists
 
@@ -24,9 +25,11 @@ _SHOWN = 10  # names that an error lists
 class ChildMask:
     """Which weights belong to the child network (paper, sec. 2.3), for the parameters it names.
 
-    Parameters that it does not name are trained fully, like a fresh classification head. Bit i of word w is
-    element 32 * w + i in row-major order, so a mask takes one bit a weight: 42 MB for BERT-large. The words of all
-    parameters lie in one buffer, sorted by name: set algebra, counts and overlaps are one operation each.
+    Names are those of the bare model (`names.canonical`): a mask made of a compiled or wrapped model's names is the
+    bare model's, and may be asked by either. Parameters that it does not name are trained fully, like a fresh head.
+
+    Bit i of word w is element 32 * w + i in row-major order, so a mask takes one bit a weight: 42 MB for BERT-large.
+    The words of all parameters lie in one buffer, sorted by name: set algebra, counts and overlaps are one operation.
 
     ``a | b``, ``a & b``, ``a ^ b``, ``a - b`` and ``~a`` are the sets' union, intersection, symmetric difference,
     difference and complement, for masks of the same names and shapes, on a's device.
@@ -36,21 +39,29 @@ class ChildMask:
         shapes: name -> parameter shape, the same names.
 
     Raises:
-        ValueError: names differ, words have another dtype or count than the shape asks for, or spare bits are set.
+        ValueError: names differ, or become one without their wrappers; a size is negative; words have another dtype or
+            count than the shape asks for, or spare bits are set.
     """
 
+    # What tells a part called `module` from DistributedDataParallel, once the mask meets a model; see `fitted`.
+    _prefix = ""  # was taken off every name
+    _unnamed: frozenset[str] = frozenset()  # names of the model that the mask was fitted to, and does not name
+
     def __init__(self, words: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]):
-        if words.keys() != shapes.keys():
-            raise ValueError(
-                f"words and shapes must name the same parameters, got {sorted(words.keys() ^ shapes.keys())}"
-            )
+        self._prefix = common_prefix(map(unwrapped, shapes))
+        words, shapes = _canonical(words), _canonical(shapes)
+        if differing := sorted(words.keys() ^ shapes.keys()):
+            raise ValueError(f"words and shapes must name the same parameters, got {listed(differing)} in one only")
         self._shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
+        for name, shape in self._shapes.items():
+            if any(size < 0 for size in shape):
+                raise ValueError(f"shapes[{name!r}] must have no negative size, got {tuple(shape)}")
         self._starts, total = {}, 0  # sorted: masks of the same model have the same layout, whatever their order
         for name in sorted(self._shapes):
             self._starts[name] = total
             total += _padded(self._shapes[name].numel())
         # one string to compare: 393 shapes, one by one, would take longer than counting an overlap on a GPU
-        self._signature = json.dumps([[name, list(self._shapes[name])] for name in self._starts])
+        self._signature = _signature(self._shapes)
         for name, packed in words.items():
             expected = _words(self._shapes[name].numel())
             if packed.dtype != torch.int32 or packed.shape != (expected,):
@@ -101,8 +112,9 @@ class ChildMask:
             p, seed, device, per_tensor, impl: see there.
         """
         if isinstance(shapes, nn.Module):
-            shapes = {name: param.shape for name, param in shapes.named_parameters()}
-        return cls(random_words(shapes, p, seed, device=device, per_tensor=per_tensor, impl=impl), shapes)
+            shapes = {name: param.shape for name, param in named_parameters(shapes).items()}
+        drawn = random_words(_canonical(shapes), p, seed, device=device, per_tensor=per_tensor, impl=impl)
+        return cls(dict(zip(shapes, drawn.values(), strict=True)), shapes)
 
     def to_dense(self, name: str) -> Tensor:
         """Return the bits of one parameter, bool, of its shape."""
@@ -111,8 +123,8 @@ class ChildMask:
 
     def words(self, name: str) -> Tensor:
         """Return the packed bits of one parameter, int32 [ceil(numel / 32)]: a view, at a 16-byte boundary."""
-        shape = self.shape(name)
-        return self._flat[self._starts[name] :][: _words(shape.numel())]
+        own = self._own(name)
+        return self._flat[self._starts[own] :][: _words(self._shapes[own].numel())]
 
     def shape(self, name: str) -> torch.Size:
         """Return the shape of one parameter.
@@ -120,9 +132,7 @@ class ChildMask:
         Raises:
             KeyError: the mask does not name it.
         """
-        if name not in self._shapes:
-            raise KeyError(f"the mask names no parameter {name!r}; it names {len(self)}")
-        return self._shapes[name]
+        return self._shapes[self._own(name)]
 
     @property
     def device(self) -> torch.device:
@@ -170,6 +180,43 @@ class ChildMask:
         flat[index] &= valid
         return self._with(flat)
 
+    def fitted(self, names: Iterable[str]) -> ChildMask:
+        """Return this mask under the names that a model has for its parameters.
+
+        These are its own, but for a mask made of names that all begin with ``module.``: it may be of a model in
+        DistributedDataParallel, or of a model's part that is called so. The model's names tell. The bits are shared.
+
+        Args:
+            names: canonical names of all the model's parameters.
+
+        Raises:
+            ValueError: the model does not have parameters that the mask names, or has them in both ways.
+        """
+        names = frozenset(names)
+        prefix = self._prefix_in(names)
+        if prefix is None:
+            unknown = [name for name in self if name not in names]
+            raise ValueError(
+                f"the mask must name parameters of the model, got {listed(unknown)} beside them; pass the mask of this "
+                f"model, or all of its names, which are now: {listed(sorted(names)) or 'none'}"
+            )
+        mask = self._with(self._flat)
+        mask._shapes = {prefix + name: shape for name, shape in self._shapes.items()}
+        mask._starts = {prefix + name: start for name, start in self._starts.items()}
+        mask._prefix, mask._unnamed = self._prefix.removeprefix(prefix), names - mask._shapes.keys()
+        return mask
+
+    def _prefix_in(self, names: frozenset[str]) -> str | None:
+        """Return what to put before this mask's names to have a model's; None if that does not help."""
+        prefixes = [self._prefix[:length] for length in range(0, len(self._prefix) + 1, len("module."))]
+        fitting = [prefix for prefix in prefixes if all(prefix + name in names for name in self)]
+        if len(fitting) > 1:
+            raise ValueError(
+                f"the mask must name parameters of the model in one way, got {listed(list(self))}, which it has both "
+                f"as they are and behind {fitting[-1]!r}; pass a mask that names all the parameters of the model"
+            )
+        return fitting[0] if fitting else None
+
     def check(self, other: nn.Module | ChildMask) -> None:
         """Refuse a model that this mask is not for, or a mask of another model.
 
@@ -181,13 +228,15 @@ class ChildMask:
         if isinstance(other, ChildMask):
             if self._signature == other._signature:
                 return
-            what, shapes = "the other mask", other._shapes
+            what, own, shapes = "the other mask", self._shapes, other._shapes
         else:
-            every = {name: param.shape for name, param in other.named_parameters(remove_duplicate=False)}
-            what, shapes = "the model", {name: every[name] for name in self if name in every}
-        differing = [name for name in {**self._shapes, **shapes} if self._shapes.get(name) != shapes.get(name)]
+            every = {name: param.shape for name, param in named_parameters(other, remove_duplicate=False).items()}
+            prefix = self._prefix_in(frozenset(every)) or ""
+            own = {prefix + name: shape for name, shape in self._shapes.items()}
+            what, shapes = "the model", {name: every[name] for name in own if name in every}
+        differing = [name for name in {**own, **shapes} if own.get(name) != shapes.get(name)]
         if differing:
-            sides = [{name: tuple(shape) for name, shape in side.items()} for side in (self._shapes, shapes)]
+            sides = [{name: tuple(shape) for name, shape in side.items()} for side in (own, shapes)]
             wanted, found = ({name: side.get(name, "none") for name in differing} for side in sides)
             raise ValueError(
                 f"{what} must have this mask's parameters, of these shapes; {len(differing)} differ: "
@@ -205,9 +254,10 @@ class ChildMask:
             ValueError: as `check`; nothing has been changed then.
         """
         self.check(model)
-        params = dict(model.named_parameters(remove_duplicate=False))
-        for name in self:
-            params[name].masked_fill_(~self.to_dense(name).to(params[name].device), 0)
+        params = named_parameters(model, remove_duplicate=False)
+        fitted = self.fitted(params)
+        for name in fitted:
+            params[name].masked_fill_(~fitted.to_dense(name).to(params[name].device), 0)
 
     def digest(self) -> str:
         """Return a name for this mask, 32 hexadecimal digits: equal on all ranks and machines for equal masks.
@@ -215,27 +265,20 @@ class ChildMask:
         blake2b over the JSON list of [name, shape] sorted by name, then over each parameter's bits in that order,
         little endian and padded with zeros to a multiple of 16 bytes.
         """
-        digest = hashlib.blake2b(self._signature.encode(), digest_size=16)
-        digest.update(self._flat.cpu().numpy())
-        return digest.hexdigest()
+        return _digest(self._signature, [self._flat])
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the mask as safetensors; a file at ``path`` is replaced at once or not at all.
 
         Each parameter is one uint8 tensor of its bits, lowest bit first, row-major, padded with zeros to a multiple
         of 16 bytes. Tensors start at 16-byte boundaries of the file, so a memory map of it can be used as it is.
+        Metadata: the mask's digest, and the shapes by name, in JSON.
         """
-        from safetensors.torch import save_file  # here, so that training needs torch and numpy alone
-
-        flat, metadata = self._flat.cpu(), {"format": _FORMAT, "version": _VERSION, "digest": self.digest()}
-        metadata["shapes"] = json.dumps({name: list(shape) for name, shape in self._shapes.items()})
-        padded = {n: flat[start:][: _padded(self._shapes[n].numel())] for n, start in self._starts.items()}
-        with replacing(path) as partial:
-            for padding in ("", " " * 8):  # safetensors itself pads its header to 8 bytes only
-                save_file({n: w.view(torch.uint8) for n, w in padded.items()}, partial, metadata | {"padding": padding})
-                with open(partial, "rb") as file:
-                    if (8 + int.from_bytes(file.read(8), "little")) % _ALIGNMENT == 0:
-                        break
+        flat, own = self._flat.cpu(), dict(zip(self._shapes, canonical(self._shapes), strict=True))
+        about = {"digest": self.digest(), "prefix": common_prefix(self._shapes) + self._prefix}
+        about["shapes"] = json.dumps({own[name]: list(shape) for name, shape in self._shapes.items()})
+        padded = {own[n]: flat[start:][: _padded(self._shapes[n].numel())] for n, start in self._starts.items()}
+        write(path, _FORMAT, _VERSION, about, {name: words.view(torch.uint8) for name, words in padded.items()})
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> ChildMask:
@@ -243,27 +286,17 @@ class ChildMask:
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: the file holds something else, another format version, or bits that its digest does not fit.
+            ValueError: the file holds something else, another format version, or bytes that its digest does not fit.
         """
-        from safetensors import SafetensorError
-
-        try:
-            return cls._read(path).to(device)
-        except (SafetensorError, ValueError, TypeError) as error:
-            raise ValueError(f"{os.fspath(path)} must hold {_FORMAT} version {_VERSION}, got {error}") from error
+        with reading(path, _FORMAT, ("1", _VERSION)) as file:
+            mask = cls._of_file(file)
+        return mask.to(device)
 
     @classmethod
-    def _read(cls, path: str | os.PathLike) -> ChildMask:
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            found = metadata.get("format"), metadata.get("version")
-            if found != (_FORMAT, _VERSION):
-                raise ValueError(f"{found[0]} version {found[1]}")
-            shapes, packed = json.loads(metadata.get("shapes", "")), {n: file.get_tensor(n) for n in file.keys()}
-        if packed.keys() != shapes.keys():
-            raise ValueError(f"shapes and tensors of different names: {_listed(sorted(packed.keys() ^ shapes.keys()))}")
+    def _of_file(cls, file: Envelope) -> ChildMask:
+        shapes, packed = json.loads(file.about["shapes"]), file.tensors
+        if differing := sorted(packed.keys() ^ shapes.keys()):
+            raise ValueError(f"shapes and tensors of different names: {listed(differing)}")
         words = {}
         for name, shape in shapes.items():
             numel, got = torch.Size(shape).numel(), packed[name]
@@ -272,9 +305,10 @@ class ChildMask:
             words[name], padding = got.view(torch.int32).split((_words(numel), _padded(numel) - _words(numel)))
             if padding.any():
                 raise ValueError(f"set bits after the last element of {name!r}")
-        mask = cls(words, shapes)
-        if mask.digest() != metadata.get("digest"):
-            raise ValueError(f"bits of digest {mask.digest()} where {metadata.get('digest')} was written")
+        mask, found = cls(words, shapes), digest_under(shapes, words)
+        if found != file.about["digest"]:
+            raise ValueError(f"bits of digest {found} where {file.about['digest']} was written")
+        mask._prefix = file.about.get("prefix", mask._prefix)
         return mask
 
     def _with(self, flat: Tensor) -> ChildMask:
@@ -304,8 +338,15 @@ class ChildMask:
         index, valid = torch.tensor(edges, dtype=torch.int64, device=self.device).view(-1, 2).unbind(1)
         return index, valid.to(torch.int32)
 
+    def _own(self, name: str) -> str:
+        """Return which of the mask's names a name stands for, wrapped or not."""
+        own = None if name in self._unnamed else matching(name, self._shapes)
+        if own is None:
+            raise KeyError(f"the mask names no parameter {name!r}; it names {len(self)}: {listed(list(self))}")
+        return own
+
     def __contains__(self, name: str) -> bool:
-        return name in self._shapes
+        return name not in self._unnamed and matching(name, self._shapes) is not None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -336,6 +377,28 @@ def jaccard_matrix(masks: Sequence[ChildMask]) -> Tensor:
     for (i, j), count in zip(pairs, torch.stack(counts).tolist() if counts else (), strict=True):  # one wait for all
         matrix[i, j] = matrix[j, i] = _jaccard(count)
     return matrix
+
+
+def digest_under(shapes: Mapping[str, Sequence[int]], words: Mapping[str, Tensor]) -> str:
+    """Return `ChildMask.digest` for words under names as they are: old files kept those of a wrapped model."""
+    padding = {name: _padded(torch.Size(shape).numel()) - len(words[name]) for name, shape in shapes.items()}
+    padded = (nn.functional.pad(words[name], (0, padding[name])) for name in sorted(shapes))
+    return _digest(_signature(shapes), padded)
+
+
+def _digest(signature: str, pieces: Iterable[Tensor]) -> str:
+    digest = hashlib.blake2b(signature.encode(), digest_size=16)
+    for words in pieces:
+        digest.update(words.cpu().numpy())
+    return digest.hexdigest()
+
+
+def _signature(shapes: Mapping[str, Sequence[int]]) -> str:
+    return json.dumps([[name, list(shapes[name])] for name in sorted(shapes)])
+
+
+def _canonical(named: Mapping[str, object]) -> dict:
+    return dict(zip(canonical(named), named.values(), strict=True))
 
 
 def _jaccard(counts: Sequence[int]) -> float:

@@ -84,7 +84,7 @@ def test_only_bools_are_packed(bits):
 @pytest.mark.parametrize(
     "words, shapes, message",
     [
-        ({"a": torch.zeros(1, dtype=torch.int32)}, {"b": (3,)}, r"name the same parameters, got \['a', 'b'\]"),
+        ({"a": torch.zeros(1, dtype=torch.int32)}, {"b": (3,)}, r"name the same parameters, got 'a', 'b' in one only"),
         ({"a": torch.zeros(1, dtype=torch.int64)}, {"a": (3,)}, r"words\['a'\] must be int32 .* got torch.int64"),
         ({"a": torch.zeros(2, dtype=torch.int32)}, {"a": (3,)}, r"of shape \(1,\), got torch.int32 of shape \(2,\)"),
         ({"a": torch.zeros(1, dtype=torch.int32)}, {"a": (3, 11)}, r"of shape \(2,\), got torch.int32 of shape \(1,\)"),

@@ -84,7 +84,7 @@ def test_bad_input_is_told_in_one_line(files, tmp_path, capsys):
     ChildMask.from_dense(bits).save(tmp_path / "less.safetensors")
     bad = {
         "none.safetensors": "No such file or directory: ",
-        "text.safetensors": "text.safetensors must hold childtune_kernels.ChildMask version 1, got Error while",
+        "text.safetensors": "text.safetensors must hold childtune_kernels.ChildMask version 1 or 2, got a header of ",
         "less.safetensors": "less.safetensors must be of the same model as ",
         "rte.safetensors": "each file must be given once, got ",
     }

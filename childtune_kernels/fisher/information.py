@@ -6,13 +6,15 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+import torch
 from torch import Tensor
 
-from ..files import replacing
+from ..files import Envelope, reading, write
 from ..mask import ChildMask
+from ..names import listed
 from ..selection import select_words
 
-_FORMAT, _VERSION = "childtune_kernels.Fisher", "1"
+_FORMAT, _VERSION = "childtune_kernels.Fisher", "2"
 
 
 class Fisher:
@@ -108,33 +110,34 @@ class Fisher:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file; a file at ``path`` is replaced at once or not at all."""
-        from safetensors.torch import save_file
-
-        about = {"format": _FORMAT, "version": _VERSION, "count": str(self.count), "rule": self.rule}
+        about = {"count": str(self.count), "rule": self.rule}
         about |= {"notes": json.dumps(self.notes), "backbone": json.dumps(self.backbone)}
-        with replacing(path) as partial:
-            save_file({name: value.cpu().contiguous() for name, value in self.sums.items()}, partial, metadata=about)
+        write(path, _FORMAT, _VERSION, about, self.sums)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, device: str = "cpu") -> Fisher:
+    def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> Fisher:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: the file holds something else, or another version.
+            OSError: the file cannot be read.
+            ValueError: the file holds something else, another version, or bytes that its digest does not fit.
         """
-        from safetensors import safe_open
+        with reading(path, _FORMAT, ("1", _VERSION)) as file:
+            fisher = cls._of_file(file)
+        fisher.sums = {name: total.to(device) for name, total in fisher.sums.items()}
+        return fisher
 
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            about = file.metadata() or {}
-            found = (about.get("format"), about.get("version"))
-            if found != (_FORMAT, _VERSION):
-                raise ValueError(
-                    f"{os.fspath(path)} must hold {_FORMAT} version {_VERSION}, got {found[0]} version {found[1]}"
-                )
-            order = json.loads(about["notes"]) or dict.fromkeys(file.keys())
-            sums = {name: file.get_tensor(name) for name in order}
-        options = {key: json.loads(about[key]) for key in ("notes", "backbone")}
-        return cls(sums, int(about["count"]), rule=about["rule"], **options)
+    @classmethod
+    def _of_file(cls, file: Envelope) -> Fisher:
+        about = {key: file.about[key] for key in ("count", "rule", "notes", "backbone")}
+        if unknown := sorted(file.about.keys() - about.keys() - {"format", "version", "file_digest"}):
+            raise ValueError(f"unknown metadata: {listed(unknown)}")
+        notes, backbone = json.loads(about["notes"]), json.loads(about["backbone"])
+        if not isinstance(notes, dict) or not isinstance(backbone, list):
+            raise ValueError("notes and backbone of other kinds")
+        order = dict.fromkeys([*notes, *file.tensors] if file.version == "1" else file.tensors)
+        sums = {name: file.tensors[name] for name in order}
+        return cls(sums, int(about["count"]), rule=about["rule"], notes=notes, backbone=backbone)
 
 
 def _child(scores: dict[str, Tensor], p: float, **options) -> ChildMask:
