@@ -301,7 +301,10 @@ def test_a_killed_process_leaves_a_whole_file(what, tmp_path):
     def read():
         return ChildDelta.load(path).values["w"] if what == "delta" else torch.load(path)["state"]
 
+    start = time.perf_counter()
     write(0)
+    write(1)
+    a_while = 3 * (time.perf_counter() - start)  # a busy disk takes its time: as long as about six saves
     rng, seen = random.Random(0), set()
     for _ in range(50):
         child = os.fork()
@@ -310,10 +313,240 @@ def test_a_killed_process_leaves_a_whole_file(what, tmp_path):
             i = 0
             while True:
                 write(i := 1 - i)
-        time.sleep(rng.uniform(0.001, 0.04))
+        time.sleep(rng.uniform(0.001, a_while))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         values = read()
         seen.add(values[0].item())
         assert any(same_bits(values, version.values["w"]) for version in versions)
     assert seen == {-1.0, -2.0}, "the killed processes must have been writing"
+
+
+# ---- all or nothing -------------------------------------------------------------------------------------------------
+
+
+def wrapped_in(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_a_wrapped_models_delta_is_the_bare_models(prefix):
+    base, tuned = {"a.w": torch.arange(90.0), "b": torch.zeros(3)}, {"a.w": torch.arange(90.0), "b": torch.ones(3)}
+    tuned["a.w"][[3, 40]], tuned["new"] = -1, torch.ones(2)
+    bare = ChildDelta.from_models(base, tuned)
+    wrapped = ChildDelta.from_models(wrapped_in(prefix, copied(base)), wrapped_in(prefix, tuned))
+    assert wrapped.base == bare.base and wrapped.mask == bare.mask and wrapped.added == ["new"]
+    for delta, first in ((wrapped, ""), (bare, prefix), (wrapped, prefix)):
+        target = wrapped_in(first, copied(base))
+        delta.apply_(target)
+        assert equal(target, wrapped_in(first, tuned))
+        delta.revert_(target, base)
+        assert equal(target, wrapped_in(first, base))
+
+
+def test_wrapped_modules():
+    model = nn.Sequential(nn.Linear(9, 9), nn.BatchNorm1d(9))
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        tuned[0].weight[2, 3] += 1
+        tuned[1].running_mean += 1
+    delta, compiled = ChildDelta.from_models(torch.compile(model), torch.compile(tuned)), copy.deepcopy(model)
+    delta.apply_(torch.compile(compiled))
+    assert equal(compiled.state_dict(), tuned.state_dict())
+    delta.apply_(model)
+    assert equal(model.state_dict(), tuned.state_dict())
+
+
+def test_parts_called_module(tmp_path):
+    base = {"module.a": torch.arange(90.0), "module.module.a": torch.arange(90.0), "b": torch.zeros(3)}
+    for names in (["module.a"], ["module.module.a"], ["module.a", "module.module.a"]):
+        tuned = copied(base)
+        for name in names:
+            tuned[name][len(name)] = -1
+        ChildDelta.from_models(base, tuned).save(tmp_path / "d")
+        target = copied(base)
+        ChildDelta.load(tmp_path / "d").apply_(target)
+        assert equal(target, tuned)
+
+
+def pieces(delta, **changed):
+    names = ("base", "mask", "values", "dense", "added", "aliases", "base_nbytes")
+    return ChildDelta(**{**{name: getattr(delta, name) for name in names}, **changed})
+
+
+def tied(new=False):
+    base = copied(Tied().state_dict())
+    base["head.weight"] = base["embed.weight"]
+    tuned = copied(base)
+    tuned["embed.weight"][2, 1] += 1
+    tuned["head.weight"], tuned["norm.bias"] = tuned["embed.weight"], tuned["norm.bias"] + 1
+    if new:
+        del base["head.weight"]
+    return base, tuned
+
+
+DAMAGES = {
+    "a letter of an alias": {"aliases": {"head.weighx": "embed.weight"}},
+    "a letter of what it stands for": {"aliases": {"head.weight": "embed.weighx"}},
+    "another alias": {"aliases": {"norm.weight": "norm.running_mean", "head.weight": "embed.weight"}},
+    "an alias of another shape": {"aliases": {"norm.weight": "embed.weight", "head.weight": "embed.weight"}},
+    "a name": {"dense": {"norm.biax": torch.ones(4)}},
+    "a shape": {"dense": {"norm.bias": torch.ones(5)}},
+    "a shape of as many": {"dense": {"norm.bias": torch.ones(2, 2)}},
+    "a dtype": {"dense": {"norm.bias": torch.ones(4, dtype=torch.float64)}},
+    "a dtype of as many bytes": {"dense": {"norm.bias": torch.ones(4, dtype=torch.int32)}},
+    "a mask's shape": {"mask": ChildMask.from_dense({"embed.weight": torch.arange(35).view(5, 7) == 9})},
+    "a mask of as many": {"mask": ChildMask.from_dense({"embed.weight": torch.arange(36).view(4, 9) == 9})},
+    "values' dtype": {"values": {"embed.weight": torch.ones(1, dtype=torch.int32)}},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_nothing_is_written_unless_all_fits(damage):
+    base, tuned = tied()
+    delta = ChildDelta.from_models(base, tuned)
+    assert delta.aliases == {"head.weight": "embed.weight"} and set(delta.values) == {"embed.weight"}
+    damaged = pieces(delta, **damage)
+    for what in ("apply", "revert"):
+        target = copied(base if what == "apply" else tuned)
+        before = copied(target)
+        with pytest.raises(ValueError, match="must be"):
+            damaged.apply_(target) if what == "apply" else damaged.revert_(target, base)
+        assert equal(target, before)
+
+
+def test_parts_that_do_not_fit_each_other_are_refused():
+    delta = ChildDelta.from_models(*tied())
+    one = {"embed.weight": torch.ones(1)}
+    for changed in (
+        {"values": {"embed.weight": torch.ones(2)}},
+        {"values": {}},
+        {"values": {**one, "more": torch.ones(1)}},
+        {"dense": one},
+        {"added": ["other"]},
+        {"aliases": {"norm.bias": "embed.weight"}},
+        {"aliases": {"a": "b", "b": "embed.weight"}},
+    ):
+        with pytest.raises(ValueError):
+            pieces(delta, **changed)
+
+
+def test_a_delta_and_its_target_share_no_memory():
+    base = {"w": torch.arange(100.0), "all": torch.zeros(4)}
+    tuned = {"w": torch.arange(100.0), "all": torch.ones(4), "new": torch.ones(3), "tied": torch.ones(3)}
+    tuned["tied"], tuned["w"][4] = tuned["new"], -1
+    delta = ChildDelta.from_models(base, tuned)
+    for held in (delta, ChildDelta.merge([delta]), ChildDelta.merge([delta, delta])):
+        target, second = copied(base), copied(base)
+        held.apply_(target)
+        held.apply_(second)
+        for tensor in (*target.values(), *(tuned.values() if held is not delta else ())):
+            tensor.add_(1)
+        third = copied(base)
+        held.apply_(third)
+        assert equal(second, third)
+    merged = ChildDelta.merge([delta])
+    for tensor in (*delta.values.values(), *delta.dense.values()):
+        tensor.fill_(7)
+    last = copied(base)
+    merged.apply_(last)
+    assert equal(last, second)
+
+
+def test_a_new_name_of_an_old_tensor():
+    """A dict gets a tensor of its own for it, equal to the old one; a module must have it."""
+    base, tuned = tied(new=True)
+    delta = ChildDelta.from_models(base, tuned)
+    assert delta.aliases == {"head.weight": "embed.weight"} and delta.added == ["head.weight"]
+    target = copied(base)
+    delta.apply_(target)
+    assert equal(target, tuned)
+    delta.revert_(target, base)
+    assert equal(target, base)
+    separate = {**copied(base), "head.weight": torch.zeros(9, 4)}
+    delta.apply_(separate)
+    assert equal(separate, tuned)
+    both = Tied()
+    both.load_state_dict(tuned)
+    delta.revert_(both, base)
+    assert equal({n: t for n, t in both.state_dict().items() if n != "head.weight"}, base)
+    unchanged = {**copied(base), "head.weight": torch.zeros(9, 4)}
+    same = {**copied(base)}
+    same["head.weight"] = same["embed.weight"]
+    ChildDelta.from_models(base, same).apply_(unchanged)
+    assert equal(unchanged, same)
+
+
+def test_tensors_that_share_memory_must_become_the_same():
+    base = {"a": torch.arange(40.0), "b": torch.arange(40.0)}
+
+    def apply(changes, target):
+        tuned = copied(base)
+        for name, value in changes.items():
+            tuned[name][3] = value
+        delta, before = ChildDelta.from_models(base, tuned), copied(target)
+        try:
+            delta.apply_(target)
+        except ValueError as error:
+            assert "different" in str(error) and equal(target, before)
+            return False
+        assert equal(target, tuned)
+        delta.revert_(target, base)
+        return equal(target, base)
+
+    memory = torch.arange(40.0)
+    assert apply({"a": -1, "b": -2}, copied(base))
+    assert not apply({"a": -1, "b": -2}, {"a": memory, "b": memory})
+    assert not apply({"a": -1}, {"a": memory, "b": memory})
+    assert apply({"a": -1, "b": -1}, {"a": memory, "b": memory})
+    base = {"a": torch.arange(8.0), "b": torch.arange(4.0)}
+    memory = torch.arange(8.0)
+    assert not apply({"a": -1}, {"a": memory, "b": memory[:4]})
+    assert not apply({"b": -1}, {"a": memory, "b": memory[:4]})
+
+
+def test_a_tensor_whose_elements_share_memory_is_refused():
+    base, tuned = {"a": torch.ones(5), "b": torch.zeros(5)}, {"a": torch.ones(5), "b": torch.ones(5)}
+    tuned["a"][1] = 2
+    target = {"a": torch.ones(1).expand(5), "b": torch.zeros(5)}
+    with pytest.raises(ValueError, match="target's 'a' must be a tensor whose elements are its own"):
+        ChildDelta.from_models(base, tuned).apply_(target)
+    assert target["b"].eq(0).all()
+
+
+def test_what_is_no_tensor_is_refused():
+    with pytest.raises(ValueError, match="'extra' must be a tensor, got 'int'"):
+        ChildDelta.from_models({"extra": 3}, {"extra": 3})
+
+
+def test_merging_looks_at_shapes_and_ties():
+    base = {"w": torch.arange(200.0)}
+    shapes = [ChildDelta.from_models(base, {**base, "new": torch.ones(shape)}) for shape in ((2, 3), (3, 2))]
+    with pytest.raises(ValueError, match="deltas' 'new' must be of one shape and dtype"):
+        ChildDelta.merge(shapes)
+    start, tuned = tied()
+    whole = ChildDelta.from_models(start, tuned)  # ties
+    loose, other = copied(start), copied(start)
+    other["embed.weight"][5, 0] = 9
+    apart = ChildDelta.from_models(loose, other)  # does not, and changes one of the two
+    target, expected = copied(start), copied(tuned)
+    ChildDelta.merge([whole, apart]).apply_(target)
+    expected["embed.weight"][5, 0] = 9
+    assert equal(target, expected) and target["head.weight"][5, 0] != 9
+    both = ChildDelta.merge([whole, whole])
+    assert both.aliases == whole.aliases and both.mask == whole.mask
+    new = [ChildDelta.from_models(base, {**base, "z": tensor}) for tensor in (base["w"], torch.ones(200))]
+    with pytest.raises(ValueError, match="deltas' new 'z' must be an alias of one tensor"):
+        ChildDelta.merge(new)
+
+
+def test_the_masks_digest_is_compared(tmp_path):
+    from childtune_kernels import files
+
+    path = tmp_path / "d"
+    of({"w": torch.arange(100.0)}, [3, 5], -1.0)[0].save(path)
+    with files.reading(path, "childtune_kernels.ChildDelta", ["2"]) as envelope:
+        about = {k: v for k, v in envelope.about.items() if k not in ("format", "version", "file_digest")}
+    files.write(path, "childtune_kernels.ChildDelta", "2", {**about, "mask": "0" * 32}, envelope.tensors)
+    with pytest.raises(ValueError, match="mask must be the one that was written"):
+        ChildDelta.load(path)

@@ -261,3 +261,160 @@ def test_a_mask_for_another_model_is_refused_before_anything_is_touched():
         )
     assert all(map(torch.equal, before, model.parameters()))
     assert model.mask().check(model) is None
+
+
+# ---- names of wrapped models ---------------------------------------------------------------------------------------
+
+
+WRAPPED = {
+    "compiled": "_orig_mod.{}",
+    "data parallel": "module.{}",
+    "both": "module._orig_mod.{}",
+    "twice": "module.module.{}",
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED.values(), ids=WRAPPED)
+def test_a_mask_of_a_wrapped_model_is_the_bare_models(wrapped, mask, tmp_path):
+    bits = {wrapped.format(name): b for name, b in dense().items()}
+    other = ChildMask.from_dense(bits)
+    assert other == mask and list(other) == list(mask) and other.digest() == mask.digest()
+    for name, expected in dense().items():
+        for held in (mask, other):
+            assert wrapped.format(name) in held and name in held
+            assert torch.equal(held.to_dense(wrapped.format(name)), expected)
+            assert torch.equal(held.words(wrapped.format(name)), mask.words(name))
+            assert held.shape(wrapped.format(name)) == expected.shape
+            assert held.count(wrapped.format(name)) == int(expected.sum())
+            assert held.density(wrapped.format(name)) == mask.density(name)
+            assert held.jaccard(~mask, wrapped.format(name)) == mask.jaccard(~mask, name)
+    other.save(tmp_path / "x")
+    assert ChildMask.load(tmp_path / "x") == mask
+
+
+def test_names_that_become_one_are_refused():
+    with pytest.raises(ValueError, match="'a.w' more than once"):
+        ChildMask.from_dense({"a._orig_mod.w": torch.ones(1) > 0, "a.w": torch.ones(1) > 0})
+
+
+def wrap(model):
+    wrapped = torch.nn.Module()
+    wrapped.module = model
+    return wrapped
+
+
+@pytest.mark.parametrize("shell", [lambda m: m, wrap, torch.compile, lambda m: wrap(torch.compile(m))])
+def test_wrapped_models_are_drawn_for_checked_and_pruned_as_the_bare_one(shell):
+    model = Model()
+    mask = ChildMask.random(shell(model), 0.3, 7)
+    assert mask == ChildMask.random(Model(), 0.3, 7)
+    assert mask == ChildMask.random({n: p.shape for n, p in shell(model).named_parameters()}, 0.3, 7)
+    mask.check(shell(model))
+    mask.prune(shell(model))
+    for name in mask:
+        assert (model.get_parameter(name)[~mask.to_dense(name)] == 0).all()
+    with pytest.raises(ValueError, match="'norm.bias' "):
+        ChildMask.from_dense({"norm.bias": torch.ones(3) > 0}).check(shell(model))
+
+
+class Outer(torch.nn.Module):
+    """A bare model with a part called `module`, and parameters beside it, some of the same names as in it."""
+
+    def __init__(self, *beside):
+        super().__init__()
+        self.module = torch.nn.Linear(4, 3)
+        for name in beside:
+            setattr(self, name, torch.nn.Parameter(torch.ones(4 if name == "other" else (3, 4))))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("given", ["module.weight", "weight"])
+@pytest.mark.parametrize("beside", [["other"], ["other", "weight"], ["other", "weight2"]])
+def test_a_part_called_module(beside, given, saved, tmp_path):
+    """Only the model tells whether `module.` is DistributedDataParallel's; what can be either is refused."""
+    mask, model = ChildMask.from_dense({given: torch.zeros(3, 4) > 0}), Outer(*beside)
+    if saved:
+        mask.save(tmp_path / "x")
+        mask = ChildMask.load(tmp_path / "x")
+    if given == "module.weight" and "weight" in beside:
+        for use in (mask.check, mask.prune, lambda m: mask.fitted(dict(m.named_parameters()))):
+            with pytest.raises(ValueError, match="'weight', which it has both as they are and behind 'module.'"):
+                use(model)
+        assert (model.module.weight != 0).any() and (model.weight != 0).any()
+    elif given == "weight" and "weight" not in beside:
+        with pytest.raises(ValueError, match="'weight'"):
+            mask.check(model)
+    else:
+        fitted = mask.fitted(dict(model.named_parameters()))
+        assert list(fitted) == [given] and fitted == mask and fitted.digest() == mask.digest()
+        assert torch.equal(fitted.to_dense(given), mask.to_dense(given))
+        other = "weight" if given == "module.weight" else "module.weight"
+        assert other not in fitted or other not in dict(model.named_parameters())
+        mask.check(model)
+        mask.prune(model)
+        for name, param in model.named_parameters():
+            assert (name == given) == bool((param == 0).all()), name
+        fitted.save(tmp_path / "y")
+        assert list(ChildMask.load(tmp_path / "y").fitted(dict(model.named_parameters()))) == [given]
+
+
+def test_fitting_lists_unknown_names_and_what_to_pass(mask):
+    assert mask.fitted([*mask, "more"]) == mask and list(ChildMask({}, {}).fitted([])) == []
+    many = ChildMask.from_dense({f"p{i:02}": torch.ones(1) > 0 for i in range(12)})
+    with pytest.raises(ValueError, match=r"got 'p01', .*'p10' and 1 more beside them; pass .*: 'a', 'p00'$"):
+        many.fitted(["p00", "a"])
+    fitted = many.fitted([*many, "module.p00"])
+    assert "module.p00" not in fitted and "module.p01" in fitted and "module.p00" in many
+    with pytest.raises(KeyError, match="'module.p00'; it names 12: 'p00', .*'p09' and 2 more"):
+        fitted.words("module.p00")
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (32,), (33,), (5, 13), (160,)])
+@pytest.mark.parametrize("extra", [-1, 1, 4])
+def test_too_few_or_too_many_words_are_refused(shape, extra, device):
+    expected = (torch.Size(shape).numel() + 31) // 32
+    words = torch.zeros(expected + extra, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match=rf"words\['b'\] must be int32 of shape \({expected},\)"):
+        ChildMask({"a": words[:1].new_zeros(1), "b": words}, {"a": (3,), "b": shape})
+    with pytest.raises(ValueError, match="must be int32 of shape"):
+        ChildMask({"b": words.new_zeros(1, expected)}, {"b": shape})
+
+
+@pytest.mark.parametrize("numel", [1, 31, 33, 63, 160 - 1])
+def test_spare_bits_are_refused_in_any_parameter(numel, device):
+    for bit in range(numel % 32, 32):
+        words = torch.zeros((numel + 31) // 32, dtype=torch.int32, device=device)
+        words[-1] = torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
+        full = torch.full((1,), -1, dtype=torch.int32, device=device)
+        with pytest.raises(ValueError, match="spare bits 0"):
+            ChildMask({"full": full, "w": words}, {"full": (32,), "w": (numel,)})
+
+
+def test_negative_sizes_are_refused():
+    with pytest.raises(ValueError, match=r"shapes\['a'\] must have no negative size, got \(-3, -4\)"):
+        ChildMask({"a": torch.zeros(1, dtype=torch.int32)}, {"a": (-3, -4)})
+
+
+def test_any_strides_are_packed(device):
+    whole = torch.rand(12, 35, 2, device=device) < 0.4
+    for bits in (
+        whole[::2],
+        whole[:, 3:20],
+        whole[..., 1],
+        whole.transpose(0, 2),
+        whole[:1].expand(5, 35, 2),
+        whole.flip(0),
+    ):
+        assert torch.equal(ChildMask.from_dense({"w": bits}).to_dense("w"), bits)
+
+
+def test_density_of_nothing():
+    mask = ChildMask.from_dense({"a": torch.ones(0, 3) > 0})
+    assert mask.density() == mask.density("a") == 0.0 and mask.count() == 0 and mask.jaccard(mask) == 1.0
+
+
+def test_a_mask_shares_no_memory_with_what_it_was_made_of():
+    words = {"a": torch.zeros(4, dtype=torch.int32)}
+    mask = ChildMask(words, {"a": (128,)})
+    words["a"].fill_(-1)
+    assert mask.count() == 0
