@@ -436,21 +436,24 @@ def test_a_delta_and_its_target_share_no_memory():
     tuned = {"w": torch.arange(100.0), "all": torch.ones(4), "new": torch.ones(3), "tied": torch.ones(3)}
     tuned["tied"], tuned["w"][4] = tuned["new"], -1
     delta = ChildDelta.from_models(base, tuned)
+    expected = copied(tuned)
+    for tensor in tuned.values():
+        tensor.add_(1)
     for held in (delta, ChildDelta.merge([delta]), ChildDelta.merge([delta, delta])):
-        target, second = copied(base), copied(base)
-        held.apply_(target)
-        held.apply_(second)
-        for tensor in (*target.values(), *(tuned.values() if held is not delta else ())):
-            tensor.add_(1)
-        third = copied(base)
-        held.apply_(third)
-        assert equal(second, third)
-    merged = ChildDelta.merge([delta])
+        for _ in range(2):
+            target = copied(base)
+            held.apply_(target)
+            assert equal(target, expected), "training of an earlier target changed the delta"
+            for tensor in target.values():
+                tensor.add_(1)
+    merged, target = ChildDelta.merge([delta]), copied(base)
+    delta.apply_(target)
     for tensor in (*delta.values.values(), *delta.dense.values()):
         tensor.fill_(7)
-    last = copied(base)
-    merged.apply_(last)
-    assert equal(last, second)
+    assert equal(target, expected)
+    target = copied(base)
+    merged.apply_(target)
+    assert equal(target, expected)
 
 
 def test_a_new_name_of_an_old_tensor():
