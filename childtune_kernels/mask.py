@@ -197,8 +197,8 @@ class ChildMask:
         if prefix is None:
             unknown = [name for name in self if name not in names]
             raise ValueError(
-                f"the mask must name parameters of the model, got {listed(unknown)} beside them; pass the mask of this "
-                f"model, or all of its names, which are now: {listed(sorted(names)) or 'none'}"
+                f"the mask must name parameters of the model, got {listed(unknown)} beside them; pass a mask of this "
+                f"model, or the names of all its parameters; those passed: {listed(sorted(names)) or 'none'}"
             )
         mask = self._with(self._flat)
         mask._shapes = {prefix + name: shape for name, shape in self._shapes.items()}
@@ -345,8 +345,8 @@ class ChildMask:
             raise KeyError(f"the mask names no parameter {name!r}; it names {len(self)}: {listed(list(self))}")
         return own
 
-    def __contains__(self, name: str) -> bool:
-        return name not in self._unnamed and matching(name, self._shapes) is not None
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name not in self._unnamed and matching(name, self._shapes) is not None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
