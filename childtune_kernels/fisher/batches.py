@@ -6,8 +6,49 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ..ops.checks import require
+
+_BATCHES = "batches of tensors whose first dimension is the example, as of a DataLoader with a collate function"
+
+
+def require_batch(batch: Any, source: Any) -> None:
+    """Refuse a single example, such as an item of a dataset, and what holds no tensors.
+
+    Args:
+        batch: the first batch.
+        source: what it came from. Labels that are one number, or any number among the tensors of a dataset's item,
+            are an example's.
+
+    Raises:
+        ValueError: naming what the batch holds, and that a DataLoader makes batches.
+    """
+    labels = [batch[key] for key in ("labels", "label") if key in batch] if isinstance(batch, Mapping) else []
+    is_dataset = isinstance(source, Dataset) or hasattr(source, "column_names")  # torch's; Hugging Face's
+    single = any(_is_number(part) for part in (labels + list(_parts(batch)) if is_dataset else labels))
+    require("batches", _described(batch), not single and any(t.dim() for t in tensors_of(batch)), _BATCHES)
+
+
+def _is_number(value: Any) -> bool:
+    return not value.dim() if isinstance(value, Tensor) else isinstance(value, (int, float))
+
+
+def _parts(batch: Any) -> Iterable[Any]:
+    if isinstance(batch, Mapping):
+        return batch.values()
+    return batch if isinstance(batch, (list, tuple)) else (batch,)
+
+
+def _described(value: Any) -> Any:
+    """Return what a batch holds, short enough for an error."""
+    if isinstance(value, Tensor):
+        return f"tensor {list(value.shape)}"
+    if isinstance(value, Mapping):
+        return {key: _described(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__} of {len(value)}: {', '.join(str(_described(part)) for part in value[:3])}"
+    return type(value).__name__
 
 
 def count_examples(batch: Any) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import random
 
+import numpy as np
 import torch
 import torch.utils.checkpoint as checkpointing
 from torch import nn
@@ -12,8 +14,8 @@ from torch import nn
 @contextlib.contextmanager
 def mode(model: nn.Module, training: bool):
     before = {module: module.training for module in model.modules()}
-    model.train(training)
     try:
+        model.train(training)
         yield
     finally:
         for module, mode in before.items():
@@ -21,11 +23,28 @@ def mode(model: nn.Module, training: bool):
 
 
 @contextlib.contextmanager
+def random_state():
+    """Put back what torch (CPU and all CUDA devices), numpy and python draw from by default."""
+    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
+        torch.set_rng_state(kept[2])
+        if on_devices is not None:
+            torch.cuda.set_rng_state_all(on_devices)
+        elif torch.cuda.is_initialized():  # in the meantime: what was drawn is the first of each device's seed
+            for generator in torch.cuda.default_generators:
+                generator.manual_seed(generator.initial_seed())
+
+
+@contextlib.contextmanager
 def borrowed(model: nn.Module, training: bool):
-    """Lend the model: its modes, buffers and the random state are put back."""
+    """Lend the model: its modes and buffers are put back."""
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    devices = {p.device for p in model.parameters() if p.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)), mode(model, training), torch.enable_grad():
+    with mode(model, training), torch.enable_grad():
         with _without_checkpointing():
             try:
                 yield

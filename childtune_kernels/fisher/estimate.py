@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import names as naming
 from .. import ops
 from ..ops.checks import require
-from .batches import count_examples, map_tensors, take, tensors_of
-from .context import borrowed, mode
+from .batches import count_examples, map_tensors, require_batch, take, tensors_of
+from .context import borrowed, mode, random_state
 from .information import Fisher
+from .losses import LABELS
+from .scope import backbone, chosen, left_out, warn_of_other_ranks
 from .tape import Layout, Tape, find_layout
 
 RULES = ("exact", "batch", "released")
-LABELS = ("true", "sampled", "predicted")
 _ALONE = "one example at a time: "
 
 
@@ -39,8 +41,8 @@ def estimate_fisher(
 ) -> Fisher:
     """Estimate F = 1/|D| sum over examples of (d log p(y | x) / d w)**2 for every trained weight.
 
-    Model mode, buffers, random state, gradients and requires_grad are afterwards as they were, and nothing is set on
-    the model's modules. Gradient checkpointing is left out during the pass: memory is that of a pass without it.
+    Model mode, buffers, gradients and requires_grad are afterwards as they were, so is the random state of torch, numpy
+    and python, whatever the loader draws from it, and nothing is set on the model's modules. Gradient checkpointing is left out during the pass: memory is that of a pass without it.
 
     Args:
         model: the pretrained model.
@@ -51,8 +53,8 @@ def estimate_fisher(
             same with each tensor's gradient clipped to ``max_grad_norm`` first and dropout on, as the released code.
         labels: "true" (the paper's), "sampled" from the model, or "predicted"; the loss must take ``labels=``.
         train_mode: dropout on; by default only in rule "released".
-        include: names to estimate, by default every parameter that requires a gradient.
-        exclude: names to leave out.
+        include: names to estimate, with or without a wrapper's prefixes; by default all that require a gradient.
+        exclude: names to leave out. What trains but is not estimated is in no mask: it is trained fully.
         limit: stop after this many batches.
         check: compare two examples in one batch with each alone, first; a parameter for which they differ is then
             estimated one example at a time.
@@ -61,38 +63,44 @@ def estimate_fisher(
         progress: show a bar (needs tqdm).
 
     Returns:
-        `Fisher`: sums in float32 (float64 for float64 weights) and how many terms they have.
+        `Fisher`: sums in float32 (float64 for float64 weights) by the bare model's names, and how many terms they have.
+        Where torch.distributed runs several ranks, it is of this rank's batches.
 
     Raises:
         ValueError: losses that are not [B], not finite, or depend on other examples; no batch; a name in ``include``
-            that the model does not have, that is frozen, or that no loss depends on; BatchNorm in training mode.
+            that the model does not have, that is frozen, or that no loss depends on; BatchNorm in training mode;
+            single examples in place of batches; sharded, placeholder or meta parameters; complex ones.
     """
     require("rule", rule, rule in RULES, f"one of {RULES}")
     require("labels", labels, labels in LABELS, f"one of {LABELS}")
     require("limit", limit, limit is None or limit > 0, "a positive number of batches or None")
     train_mode = rule == "released" if train_mode is None else train_mode
-    params = _chosen(model, include, exclude)
+    params = chosen(model, include, exclude)
     if train_mode:
         _refuse_batch_norm(model)
-    iterator = iter(batches)
-    first = next(iterator, None)
-    require("batches", [], first is not None, "at least one batch")
-    stream = itertools.islice(itertools.chain([first], iterator), limit)
-    if progress:
-        from tqdm import tqdm
+    warn_of_other_ranks()
+    with random_state(), borrowed(model, train_mode):
+        iterator = iter(batches)  # a loader that shuffles draws here already
+        first = next(iterator, None)
+        require("batches", [], first is not None, "at least one batch")
+        require_batch(first, batches)
+        stream = itertools.islice(itertools.chain([first], iterator), limit)
+        if progress:
+            from tqdm import tqdm
 
-        stream = tqdm(stream, desc="Fisher information", unit="batch")
-    with borrowed(model, train_mode):
+            stream = tqdm(stream, desc="Fisher information", unit="batch")
         losses = _Losses(model, per_example_loss, labels)
         if rule == "exact":
+            count_examples(first)  # refused here, before the model fails on it
             sums, count, notes = _Exact(params, losses, graph).run(first, stream, check)
         else:
             clip = max_grad_norm if rule == "released" else None
             sums, count, notes = _square_batches(params, losses, stream, clip)
     losses.require_finite()
-    unused = [name for name in include or () if notes[name] == "no gradient"]
+    unused = [name for name in params if notes[name] == "no gradient"] if include is not None else []
     require("include", unused, not unused, "names of parameters that the losses depend on")
-    return Fisher(sums, count, rule=rule, notes=notes, backbone=_backbone(model, sums))
+    scope = dict(backbone=backbone(model, params), left_out=left_out(model, params))
+    return Fisher(sums, count, rule=rule, notes=notes, **scope)
 
 
 class _Losses:
@@ -130,7 +138,7 @@ class _Exact:
         self.losses = losses
         self.graph = graph
         self.captured: _Captured | None = None
-        self.ids = {id(p): name for name, p in losses.model.named_parameters()}
+        self.ids = {id(p): name for name, p in naming.named_parameters(losses.model).items()}
         self.unruled: dict[str, str] = {}
         self.layout: Layout = {}
         self.sums = _zeros(params)
@@ -284,26 +292,6 @@ def _square_into(sums: list[Tensor], grads, scale: float) -> None:
             own.append(grad.detach().contiguous())
     for totals, own in by_device.values():
         ops.square_accumulate_(totals, own, scale)
-
-
-def _chosen(model: nn.Module, include, exclude) -> dict[str, Tensor]:
-    named = dict(model.named_parameters())
-    include, exclude = None if include is None else list(include), list(exclude)
-    for argument, names in (("include", include or []), ("exclude", exclude)):
-        unknown = [name for name in names if name not in named]
-        require(argument, unknown, not unknown, "names of the model's parameters")
-    frozen = [name for name in include or [] if not named[name].requires_grad]
-    require("include", frozen, not frozen, "parameters with requires_grad=True")
-    wanted = named if include is None else {name: named[name] for name in include}
-    params = {n: p for n, p in wanted.items() if p.requires_grad and n not in set(exclude)}
-    require("model", model.__class__.__name__, params, "a model with parameters to estimate")
-    return params
-
-
-def _backbone(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Return the pretrained part: what lies under transformers' ``base_model_prefix``; everything if nothing does."""
-    prefix = getattr(model, "base_model_prefix", "") + "."
-    return [name for name in names if name.startswith(prefix)] or list(names)
 
 
 def _refuse_batch_norm(model: nn.Module) -> None:
