@@ -42,7 +42,8 @@ def estimate_fisher(
     """Estimate F = 1/|D| sum over examples of (d log p(y | x) / d w)**2 for every trained weight.
 
     Model mode, buffers, gradients and requires_grad are afterwards as they were, so is the random state of torch, numpy
-    and python, whatever the loader draws from it, and nothing is set on the model's modules. Gradient checkpointing is left out during the pass: memory is that of a pass without it.
+    and python, whatever the loader draws from it, and nothing is set on the model's modules. Gradient checkpointing is
+    left out during the pass: memory is that of a pass without it.
 
     Args:
         model: the pretrained model.
