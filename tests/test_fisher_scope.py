@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_fisher import assert_same, one_by_one
+from test_fisher import alone, assert_same, one_by_one
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -615,7 +615,9 @@ def test_a_tied_embedding_over_several_chunks(name, examples, monkeypatch):
     expected = one_by_one(model, batches, models.loss_of(name))
     table = next(iter(model.parameters()))
     monkeypatch.setattr(rules, "_CHUNK_BYTES", 4 * table.numel() * examples)
-    assert_same(estimate_fisher(model, batches, models.loss_of(name)), expected)
+    fisher = estimate_fisher(model, batches, models.loss_of(name))
+    assert_same(fisher, expected)
+    assert not alone(fisher)
 
 
 class Tokenized(Dataset):

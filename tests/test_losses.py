@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from types import SimpleNamespace
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from childtune_kernels.cli import main
 from childtune_kernels.fisher import (
+    Fisher,
     causal_lm_loss,
     classification_loss,
     estimate_fisher,
@@ -118,18 +121,15 @@ def test_padding_that_counts_is_warned_of():
         token_loss(model, first)
 
 
-def test_classification_by_hand():
-    model, batch = Tokens(4, pooled=True), ragged() | {"labels": torch.tensor([3, -100, 0])}
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int8, torch.uint8])
+def test_classification_by_hand(dtype):
+    model, batch = Tokens(200, pooled=True), ragged()
+    classes = {torch.uint8: [3, 156, 199], torch.int8: [3, -100, 127]}.get(dtype, [199, -100, 0])
     logits = model(batch["input_ids"]).logits.detach()
-    expected = [float(torch.logsumexp(row, 0) - row[k]) for row, k in zip(logits, (3, 0, 0), strict=True)]
-    expected[1] = 0.0
-    for dtype in (torch.int64, torch.int32, torch.uint8):
-        labels = batch["labels"].to(dtype)
-        if dtype == torch.uint8:  # has no -100
-            labels = torch.tensor([3, 0, 0], dtype=dtype)
-            expected[1] = float(torch.logsumexp(logits[1], 0) - logits[1, 0])
-        got = classification_loss(model, batch | {"labels": labels})
-        torch.testing.assert_close(got.tolist(), expected, rtol=1e-12, atol=0)
+    rows = zip(logits, classes, strict=True)
+    expected = [0.0 if k == -100 else float(torch.logsumexp(row, 0) - row[k]) for row, k in rows]
+    got = classification_loss(model, batch | {"labels": torch.tensor(classes, dtype=dtype)})
+    torch.testing.assert_close(got.tolist(), expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -211,3 +211,26 @@ def test_one_loss_that_is_not_finite_among_others(rule, value, place):
 
     with pytest.raises(ValueError, match=rf"finite in every batch, got 'NaN or infinity in batches \[{place[0]}\]'"):
         estimate_fisher(Tokens(), batches, loss, rule=rule)
+
+
+def test_the_command_counts_no_padding(tmp_path):
+    """Texts of several lengths in one batch have the information that they have one by one."""
+    transformers = pytest.importorskip("transformers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "a", "the", "not"]
+    folder, task = tmp_path / "model", tmp_path / "task.jsonl"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, pad_token_id=0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
+    texts = ("a good film", "bad", "the film the film not good")
+    task.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    sums = []
+    for size in (1, 3):
+        out, saved = tmp_path / f"mask{size}.safetensors", tmp_path / f"fisher{size}.safetensors"
+        options = ["--head", "causal-lm", "--batch-size", str(size), "--device", "cpu", "--save-fisher", str(saved)]
+        assert main(["fisher", str(folder), str(task), "--out", str(out), *options]) == 0
+        sums.append(Fisher.load(saved).sums)
+    for name, value in sums[0].items():
+        assert float((sums[1][name] - value).norm()) <= 1e-4 * float(value.norm()) + 1e-9, name  # float32, ten deep

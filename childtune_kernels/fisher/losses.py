@@ -93,11 +93,12 @@ def _cross_entropy(logits: Tensor, given: Tensor, labels: str, source: Tensor) -
     _require_shape(given, logits)
     whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
     require("labels", str(given.dtype), whole, "integers, the numbers of classes")
+    given = given.long()  # before it is compared: -100 as uint8 is 156
     if labels == "true" and source.device.type == "cpu":
-        wrong = source[_no_class(source, classes)]
+        wrong = source[_no_class(source.long(), classes)]
         require("labels", wrong[:10].tolist(), not len(wrong), f"from 0 to {classes - 1}, or {IGNORED} for no label")
     ignored = given == IGNORED
-    chosen = _choose(logits, given.long(), labels)
+    chosen = _choose(logits, given, labels)
     wrong = _no_class(chosen, classes) & ~ignored
     chosen = chosen.masked_fill(ignored | wrong, IGNORED)
     losses = F.cross_entropy(logits.movedim(-1, 1), chosen, reduction="none", ignore_index=IGNORED)
