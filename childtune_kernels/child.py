@@ -9,7 +9,6 @@ from torch import Tensor
 
 from . import ops
 from .mask import ChildMask
-from .names import listed
 from .ops.checks import require
 
 
@@ -89,11 +88,13 @@ def fitting_mask(mask: ChildMask, params: Mapping[str, Tensor]) -> ChildMask:
     Raises:
         ValueError: it names others, has one of another shape, or has no weight in the child at all.
     """
-    if unknown := sorted(set(mask) - set(params)):
+    try:
+        mask = mask.fitted(params)
+    except ValueError as error:
         raise ValueError(
-            f"mask must be a mask that names only this optimizer's parameters, got {listed(unknown)}; these are named "
-            f"{listed(list(params), shown=3)}: pass model.named_parameters(), or groups of (name, parameter)"
-        )
+            "mask must be a mask that names only this optimizer's parameters, which it knows from "
+            f"model.named_parameters() or groups of (name, parameter): {error}"
+        ) from error
     for name in mask:
         check_shape(mask, name, params[name])
     empty = any(mask.shape(name).numel() for name in mask) and mask.count() == 0

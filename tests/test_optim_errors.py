@@ -94,7 +94,7 @@ BAD_ARGUMENTS = [
     ({"mask": {"embed.weight": ONES}}, "mask must be a ChildMask or None, got {'embed.weight'"),
     (
         {"mask": _mask(pooler=ONES)},
-        "mask must be a mask that names only this optimizer.s parameters, got .pooler.; .*pass model.named_parameters",
+        "mask must be a mask that names only this optimizer.s parameters.*model.named_parameters.*got .pooler. beside",
     ),
     ({"mask": _mask(embed__weight=ONES.t())}, r"mask of 'embed.weight' must be of shape \(7, 5\), got \(5, 7\)"),
     (
