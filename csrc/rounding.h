@@ -52,25 +52,27 @@ CHILDTUNE_INLINE void round_stochastically(float x, uint32_t word, c10::Half& re
 }
 
 // The fp32 weight that a 16-bit one and its companion stand for. Where they no longer round to it, somebody has
-// replaced the weight: it counts. A compensation may have been rounded up to half a unit of its weight, not beyond.
-constexpr float kWithin = 1.0f - 0x1p-8f;
-
+// replaced the weight: it counts.
 template <typename T>
-CHILDTUNE_INLINE float master_or_weight(float master, T weight) {
+CHILDTUNE_INLINE float standing_weight(float exact, T weight) {
   const float w = static_cast<float>(weight);
-  return static_cast<float>(static_cast<T>(master)) == w ? master : w;
+  return static_cast<float>(static_cast<T>(exact)) == w ? exact : w;
 }
 
 template <typename T>
-CHILDTUNE_INLINE float compensated_weight(T weight, T compensation) {
-  const float w = static_cast<float>(weight), c = static_cast<float>(compensation);
-  return static_cast<float>(static_cast<T>(w + c * kWithin)) == w ? w + c : w;
+CHILDTUNE_INLINE float compensated(T weight, T compensation) {
+  return standing_weight(static_cast<float>(weight) + static_cast<float>(compensation), weight);
 }
 
-// What rounding left over.
+// What rounding left over, such that the sum rounds to the weight again: rounded itself, it may reach half a unit of
+// the weight, from where the sum goes to the weight's neighbour.
 template <typename T>
 CHILDTUNE_INLINE T left_over(float x, T rounded) {
-  return static_cast<T>(x - static_cast<float>(rounded));
+  constexpr float kWithin = 1.0f - 0x1p-8f;
+  const float near = static_cast<float>(rounded);
+  const T left = static_cast<T>(x - near);
+  const bool again = static_cast<float>(static_cast<T>(near + static_cast<float>(left))) == near;
+  return again ? left : static_cast<T>(static_cast<float>(left) * kWithin);
 }
 
 }  // namespace childtune

@@ -181,7 +181,8 @@ class Case:
         if self.rounding == "master":
             start = companion
         elif self.rounding == "compensation":
-            start = start + companion.float()
+            exact = start.double() + companion.double()  # near fp16's smallest numbers it may not round back
+            start = torch.where(exact.to(dtype) == weight, exact, start.double()).float()
         new, *golden[1:] = written_order_step(start, grad, *golden[1:], self.t, row, raw=True, **kwargs)
         if self.rounding == "stochastic":
             elements = torch.arange(weight.numel())
@@ -191,7 +192,10 @@ class Case:
             golden[0] = rounded if child is None else torch.where(child, rounded, weight)
             return
         golden[0] = new.to(dtype)
-        self.true[i][1] = new if self.rounding == "master" else (new - golden[0].float()).to(dtype)
+        lost = (new - golden[0].float()).to(dtype)
+        tied = (golden[0].double() + lost.double()).to(dtype) != golden[0]  # half a unit: towards 0 from there
+        lost = torch.where(tied, (lost.double() * 255 / 256).to(dtype), lost)
+        self.true[i][1] = new if self.rounding == "master" else lost
         if (child := kwargs.get("child")) is not None:
             self.true[i][1] = torch.where(child, self.true[i][1], companion)
             golden[0] = torch.where(child, golden[0], weight)

@@ -52,7 +52,7 @@ _PRODUCTS = 1 << 24  # elements of per-example gradients that fisher_linear_ hol
 _MIN_NORMAL_HALF = 2.0**-14  # the smallest normal fp16
 STEP_BITS = 32  # of t, as the mask stream has it
 LAST_STEP = 2**STEP_BITS - 1  # at which t stays, rather than begin again
-_WITHIN = 1 - 2.0**-8  # a compensation may have been rounded up to half a unit of its weight, but not beyond
+_WITHIN = 1 - 2.0**-8  # the next 16-bit number below a power of two is at least this share of it
 
 
 class Scalars(NamedTuple):
@@ -155,12 +155,19 @@ def decay_weights(param: Tensor, s: Scalars) -> Tensor:
 
 def standing_weights(param: Tensor, companion: Tensor) -> Tensor:
     """Return the fp32 weights that 16-bit ones and their companions stand for, or the weights that were replaced."""
-    w, beside = param.float(), companion.float()
-    if companion.dtype == torch.float32:
-        exact, nearby = beside, beside
-    else:
-        exact, nearby = w + beside, w + beside * _WITHIN
-    return torch.where(nearby.to(param.dtype) == param, exact, w)
+    w = param.float()
+    exact = companion if companion.dtype == torch.float32 else w + companion.float()
+    return torch.where(exact.to(param.dtype) == param, exact, w)
+
+
+def left_over(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what rounding fp32 weights to nearest leaves over, in their dtype, such that the sum rounds to them again.
+
+    Rounded itself, it may reach half a unit of a weight, from where the sum goes to the weight's neighbour.
+    """
+    near = w.to(dtype)
+    left = (w - near.float()).to(dtype)
+    return torch.where((near.float() + left.float()).to(dtype) == near, left, (left.float() * _WITHIN).to(dtype))
 
 
 def round_stochastically(x: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
@@ -211,7 +218,7 @@ class _Step:
             self.write(param, w)
         else:
             w = advance_weights(standing_weights(param, companion), m, v, s)
-            self.write(companion, w if companion.dtype == torch.float32 else w - w.to(param.dtype).float())
+            self.write(companion, w if companion.dtype == torch.float32 else left_over(w, param.dtype))
             self.write(param, w)
 
     def write(self, target: Tensor, value: Tensor) -> None:

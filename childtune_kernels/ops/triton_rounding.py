@@ -11,7 +11,7 @@ import triton.language as tl
 # What lies beside the weights of a launch: COMPENSATION of their dtype, or an fp32 MASTER.
 NO_COMPANION, COMPENSATION, MASTER = map(tl.constexpr, range(3))
 _MIN_NORMAL_HALF = tl.constexpr(2.0**-14)
-_WITHIN = tl.constexpr(1 - 2.0**-8)  # see `reference.standing_weights`
+_WITHIN = tl.constexpr(1 - 2.0**-8)
 
 
 @triton.jit
@@ -56,10 +56,18 @@ def load_weights(param_ptr, companion_ptr, inside, COMPANION: tl.constexpr, INTE
         master = tl.load(companion_ptr, mask=inside)
         param = tl.where(widened(rounded(master, DTYPE, INTERPRET), INTERPRET) == param, master, param)
     elif COMPANION == COMPENSATION:
-        beside = widened(tl.load(companion_ptr, mask=inside), INTERPRET)
-        nearby = widened(rounded(param + beside * _WITHIN, DTYPE, INTERPRET), INTERPRET)
-        param = tl.where(nearby == param, param + beside, param)
+        exact = param + widened(tl.load(companion_ptr, mask=inside), INTERPRET)
+        param = tl.where(widened(rounded(exact, DTYPE, INTERPRET), INTERPRET) == param, exact, param)
     return param
+
+
+@triton.jit
+def _left_over(x, near, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """Return what rounding left over; see `reference.left_over`."""
+    left = rounded(x - near, DTYPE, INTERPRET)
+    wide = widened(left, INTERPRET)
+    again = widened(rounded(near + wide, DTYPE, INTERPRET), INTERPRET)
+    return tl.where(again == near, left, rounded(wide * _WITHIN, DTYPE, INTERPRET))
 
 
 @triton.jit
@@ -77,4 +85,4 @@ def store_weights(
         if COMPANION == MASTER:
             tl.store(companion_ptr, param, mask=inside)
         elif COMPANION == COMPENSATION:
-            tl.store(companion_ptr, rounded(param - widened(near, INTERPRET), DTYPE, INTERPRET), mask=inside)
+            tl.store(companion_ptr, _left_over(param, widened(near, INTERPRET), DTYPE, INTERPRET), mask=inside)

@@ -73,12 +73,12 @@ C10_ALWAYS_INLINE float* complete(const Parameter& p, const T* weights, int64_t 
   if (p.master) {
     float* master = static_cast<float*>(p.master) + start;
 #pragma omp simd
-    for (int i = 0; i < n; ++i) master[i] = master_or_weight(master[i], weights[i]);
+    for (int i = 0; i < n; ++i) master[i] = standing_weight(master[i], weights[i]);
     return master;
   }
   const T* lacking = static_cast<const T*>(p.compensation) + start;
 #pragma omp simd
-  for (int i = 0; i < n; ++i) buffer[i] = compensated_weight(weights[i], lacking[i]);
+  for (int i = 0; i < n; ++i) buffer[i] = compensated(weights[i], lacking[i]);
   return buffer;
 }
 

@@ -64,8 +64,8 @@ __device__ void add_companions(const UpdateRecord& r, int64_t start, int n, floa
   for (int j = 0; j < kGroup; ++j) {
     if (j >= n) break;
     const Weight stored = static_cast<Weight>(param[j]);  // exact: it was widened from there
-    param[j] = r.is_master ? master_or_weight(static_cast<const float*>(r.companion)[start + j], stored)
-                           : compensated_weight(stored, static_cast<const Weight*>(r.companion)[start + j]);
+    param[j] = r.is_master ? standing_weight(static_cast<const float*>(r.companion)[start + j], stored)
+                           : compensated(stored, static_cast<const Weight*>(r.companion)[start + j]);
   }
 }
 
