@@ -1,0 +1,216 @@
+"""Whose row of a gradient is it? Two ways to know: the autograd graph proves it, or a second backward pass shows it.
+
+The losses are [B], loss j of example j. Call a tensor *in order* if B equal runs of its elements, row after row, belong
+to examples 0 .. B-1. The losses are in order. Where every node between them and the uses of parameters carries order
+from its output to its inputs whatever the data (`inspect` knows the nodes that do), all their gradients are in order,
+for the shapes at hand. Whatever selects by data (indices, sorting, routing), moves the first dimension, or is not known
+proves nothing; nor does a matrix product of two activations, whose zeros may route.
+
+Such a pass is run twice, on one graph, so dropout draws once. D is linear in the losses' weights; with weights that are
+different powers of two, the rows of example j are scaled by its own power, exactly, and a row of several examples
+shows itself. This is looked at in every such batch: equal shapes do not mean equal owners.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .precision import rounding
+
+_DIRECTIONS = 8  # random directions that a row is projected on: what of it is another example's shows in one of them
+_WIDEST = 1 << 16  # elements that are projected at once
+
+
+class Graph(NamedTuple):
+    """What lies behind some losses.
+
+    Attributes:
+        leaves: the tensors that gradients can be taken of.
+        in_order: whether the gradients of all nodes are proven to be in order.
+    """
+
+    leaves: list[Tensor]
+    in_order: bool
+
+
+def inspect(losses: Tensor, examples: int) -> Graph:
+    """Walk the autograd graph of losses [B] of B examples."""
+    leaves: list[Tensor] = []
+    in_order = True
+    stack, seen = [losses.grad_fn], {losses.grad_fn}
+    while stack:
+        node = stack.pop()
+        if (name := node.name()) == _LEAF:
+            leaves.append(node.variable)
+            continue
+        if in_order and examples > 1:
+            in_order = _carries_order(node, name, examples)
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return Graph(leaves, in_order)
+
+
+_LEAF = "torch::autograd::AccumulateGrad"
+
+
+def _carries_order(node: Any, name: str, examples: int) -> bool:
+    rule = _RULES.get(name.rstrip("0123456789"))
+    if rule is None:
+        return False
+    inputs = [child._input_metadata[i].shape for child, i in node.next_functions if child and child.name() != _LEAF]
+    outputs = [data.shape for data in node._input_metadata]
+    return all(rule(node, tuple(outputs[0]), tuple(shape), examples) for shape in inputs)
+
+
+def _same_elements(node, output, shape, examples) -> bool:
+    """Views: the same elements in the same order."""
+    return True
+
+
+def _elementwise(node, output, shape, examples) -> bool:
+    """An input that is broadcast over examples belongs to all of them."""
+    return shape == output or (len(shape) == len(output) and _batched(node, output, shape, examples))
+
+
+def _batched(node, output, shape, examples) -> bool:
+    """What acts on each index of the first dimension alone."""
+    return bool(shape and output) and shape[0] == output[0] and shape[0] % examples == 0
+
+
+def _along(node, output, shape, examples) -> bool:
+    """What moves or sums along dimensions that it names, the first not among them."""
+    names = [name for name in ("_saved_dim", "_saved_dims", "_saved_dimension") if hasattr(node, name)]
+    if shape == output and type(node).__name__.startswith("Slice"):
+        return True  # of everything
+    if len(names) != 1 or not _batched(node, output, shape, examples):
+        return False
+    dims = getattr(node, names[0])
+    return 0 not in {_signed(d) % max(len(shape), len(output)) for d in (dims if isinstance(dims, tuple) else (dims,))}
+
+
+def _permuted(node, output, shape, examples) -> bool:
+    """The first dimension that is longer than 1 stays the first."""
+    order = list(range(len(shape)))
+    if hasattr(node, "_saved_dims"):
+        order = [_signed(d) % len(shape) for d in node._saved_dims]
+    else:
+        a, b = (_signed(d) % len(shape) for d in (node._saved_dim0, node._saved_dim1))
+        order[a], order[b] = b, a
+    order = [d for d in order if shape[d] != 1]
+    return order == sorted(order) or (order[0] == min(order) and shape[order[0]] % examples == 0)
+
+
+def _repeated(node, output, shape, examples) -> bool:
+    repeats = node._saved_repeats
+    return len(repeats) == len(shape) and repeats[0] == 1 and shape[0] % examples == 0
+
+
+def _times_constant(which: int) -> Callable[..., bool]:
+    def rule(node, output, shape, examples) -> bool:
+        """input @ constant (+ constant): row for row."""
+        alone = [i for i, (child, _) in enumerate(node.next_functions) if child] == [which]
+        rows = 1
+        for size in shape[:-1]:
+            rows *= size
+        return alone and len(shape) >= 2 and shape[:-1] == output[:-1] and rows % examples == 0
+
+    return rule
+
+
+def _products(node, output, shape, examples) -> bool:
+    return _times_constant(0)(node, output, shape, examples) or _batched(node, output, shape, examples)
+
+
+def _normalised(node, output, shape, examples) -> bool:
+    only_input = [i for i, (child, _) in enumerate(node.next_functions) if child] == [0]
+    return only_input and len(node._saved_normalized_shape) < len(shape) and _batched(node, output, shape, examples)
+
+
+def _batch_norm(node, output, shape, examples) -> bool:
+    return not node._saved_training and _batched(node, output, shape, examples)
+
+
+def _signed(dim: int) -> int:
+    return dim - (1 << 64) if dim >= 1 << 63 else dim  # as nodes keep negative dimensions
+
+
+_KINDS: dict[Callable[..., bool], str] = {
+    _same_elements: "View UnsafeView ReshapeAlias Alias Unsqueeze Squeeze Clone ToCopy",
+    _elementwise: "Add Sub Rsub Mul Div Neg Abs Pow Sqrt Rsqrt Exp Log Log1P Expm1 Sin Cos Tanh Sigmoid Relu Gelu Silu "
+    "Mish Elu LeakyRelu Hardtanh Hardswish Hardsigmoid Softplus LogSigmoid Erf Where MaskedFill Clamp ClampMin "
+    "ClampMax Reciprocal NativeDropout FusedDropout Expand MseLoss SmoothL1Loss HuberLoss BinaryCrossEntropy "
+    "BinaryCrossEntropyWithLogits",
+    _along: "Softmax LogSoftmax SafeSoftmax Sum Mean Amax Amin Max Min Logsumexp Cumsum Slice Select Split "
+    "SplitWithSizes Unbind Cat Stack Gather IndexSelect Flip Roll Unfold LinalgVectorNorm",
+    _permuted: "Transpose Permute T",
+    _repeated: "Repeat",
+    _times_constant(0): "Mm",
+    _times_constant(1): "Addmm",
+    _products: "Bmm",
+    _normalised: "NativeLayerNorm FusedRmsNorm",
+    _batch_norm: "NativeBatchNorm CudnnBatchNorm",
+    _batched: "Baddbmm ScaledDotProductFlashAttentionForCpu ScaledDotProductFlashAttention "
+    "ScaledDotProductEfficientAttention ScaledDotProductCudnnAttention Convolution MaxPool2DWithIndices AvgPool2D "
+    "AdaptiveAvgPool2D NativeGroupNorm NllLoss NllLoss2D",
+}
+_RULES = {f"{kind}Backward": rule for rule, kinds in _KINDS.items() for kind in kinds.split()}
+
+
+# ---- the second pass ------------------------------------------------------------------------------------------------
+
+
+def codes(examples: int, losses: Tensor, half: bool) -> list[Tensor]:
+    """Return weights [B] of the losses, powers of two, for as many passes as tell all examples apart.
+
+    Args:
+        half: whether float16 is among what they pass through, which has few exponents.
+    """
+    powers = torch.tensor([2.0**e for e in (range(-4, 4) if half else range(-16, 16))])
+    digits, passes = torch.arange(examples), []
+    while not passes or bool(digits.any()):
+        passes.append(powers[digits % len(powers)].to(losses))
+        digits = digits // len(powers)
+    return passes
+
+
+def sketch(grad: Tensor, dim: int) -> Tensor:
+    """Return random projections [L, M, 8] of the rows of a gradient whose dimension ``dim`` has length L."""
+    grad = grad.detach().movedim(dim, 0)
+    rows = grad.reshape(len(grad), 1, -1)
+    if rows.shape[-1] > _WIDEST:
+        rows = rows.view(len(grad), -1, grad.shape[-1])
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    return rows @ _directions(rows.shape[-1], rows.dtype, rows.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _directions(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    draw = torch.Generator().manual_seed(width)
+    return torch.randn(width, _DIRECTIONS, generator=draw, dtype=torch.float64).to(device, dtype)
+
+
+def owned(plain: Tensor, coded: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return, as a boolean tensor, whether rows i, L / B an example and examples first, are all of their example.
+
+    On a CPU the same sums are taken in the same order in both passes, so that powers of two scale them exactly. On
+    another device atomic additions come in any order; there a row may differ by as much as rounding makes.
+
+    Args:
+        plain: the `sketch` of D.
+        coded: that of D with ``weights`` on the losses.
+        weights: of `codes`.
+        dtype: of D.
+    """
+    scale = weights.to(plain.dtype).repeat_interleave(len(plain) // len(weights))[:, None, None]
+    expected = plain * scale
+    allowed = torch.full_like(expected[..., :1], 2.0**16 * torch.finfo(plain.dtype).smallest_normal)  # squares are 0
+    if plain.device.type != "cpu":
+        allowed = allowed + 16 * rounding([dtype], plain.device) * expected.norm(dim=-1, keepdim=True)
+    return ((coded - expected).abs() <= allowed).all()
