@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 import torch.utils.checkpoint as checkpointing
@@ -23,17 +24,35 @@ def mode(model: nn.Module, training: bool):
 @contextlib.contextmanager
 def borrowed(model: nn.Module, training: bool):
     """Lend the model: its modes, buffers and the random state are put back."""
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    put_back = _copied(model)
     devices = {p.device for p in model.parameters() if p.is_cuda}
     with torch.random.fork_rng(devices=list(devices)), mode(model, training), torch.enable_grad():
         with _without_checkpointing():
             try:
                 yield
             finally:
-                with torch.no_grad():
-                    for buffer, value in buffers:
-                        if not torch.equal(buffer, value):
-                            buffer.copy_(value)
+                put_back()
+
+
+def _copied(model: nn.Module) -> Callable[[], None]:
+    """Copy what a forward pass may change; return the function that puts it back.
+
+    That is buffers, written to or replaced, and the weights that an embedding with ``max_norm`` rescales in place.
+    """
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    rescaled = [m for m in model.modules() if getattr(m, "max_norm", None) is not None]
+    changeable = [*model.buffers(), *(p for m in rescaled for p in m.parameters(recurse=False))]
+    values = [(tensor, tensor.detach().clone()) for tensor in changeable]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for module, before in buffers:
+            module._buffers.update(before)
+        for tensor, value in values:
+            if not torch.equal(tensor, value):
+                tensor.copy_(value)
+
+    return put_back
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ _LEAF = "torch::autograd::AccumulateGrad"
 
 def _carries_order(node: Any, name: str, examples: int) -> bool:
     rule = _RULES.get(name.rstrip("0123456789"))
-    if rule is None:
+    if rule is None or not name[-1].isdigit():  # a function of the user's own has no number
         return False
     inputs = [child._input_metadata[i].shape for child, i in node.next_functions if child and child.name() != _LEAF]
     outputs = [data.shape for data in node._input_metadata]
@@ -84,15 +84,24 @@ def _batched(node, output, shape, examples) -> bool:
     return bool(shape and output) and shape[0] == output[0] and shape[0] % examples == 0
 
 
+def _of_input(node, output, shape, examples) -> bool:
+    """The same, with weights that are constants."""
+    only_input = [i for i, (child, _) in enumerate(node.next_functions) if child] == [0]
+    return only_input and _batched(node, output, shape, examples)
+
+
 def _along(node, output, shape, examples) -> bool:
     """What moves or sums along dimensions that it names, the first not among them."""
-    names = [name for name in ("_saved_dim", "_saved_dims", "_saved_dimension") if hasattr(node, name)]
     if shape == output and type(node).__name__.startswith("Slice"):
         return True  # of everything
-    if len(names) != 1 or not _batched(node, output, shape, examples):
-        return False
-    dims = getattr(node, names[0])
-    return 0 not in {_signed(d) % max(len(shape), len(output)) for d in (dims if isinstance(dims, tuple) else (dims,))}
+    dims = next((getattr(node, name) for name in _DIMENSIONS if hasattr(node, name)), None)
+    dims = (dims,) if isinstance(dims, int) else dims
+    length = max(len(shape), len(output))
+    named = bool(dims) and 0 not in [_signed(dim) % length for dim in dims]  # none named: all elements
+    return named and _batched(node, output, shape, examples)
+
+
+_DIMENSIONS = ("_saved_dim", "_saved_dims", "_saved_dimension")
 
 
 def _permuted(node, output, shape, examples) -> bool:
@@ -125,16 +134,22 @@ def _times_constant(which: int) -> Callable[..., bool]:
 
 
 def _products(node, output, shape, examples) -> bool:
-    return _times_constant(0)(node, output, shape, examples) or _batched(node, output, shape, examples)
+    """Products of matrices with matrices, [n, ., .] and [n, ., .], or attention's [n, ...]."""
+    return _times_constant(0)(node, output, shape, examples) or (
+        len(shape) == len(output) and _batched(node, output, shape, examples)
+    )
+
+
+def _padded(node, output, shape, examples) -> bool:
+    return len(node._saved_pad) < 2 * len(shape) and _batched(node, output, shape, examples)
 
 
 def _normalised(node, output, shape, examples) -> bool:
-    only_input = [i for i, (child, _) in enumerate(node.next_functions) if child] == [0]
-    return only_input and len(node._saved_normalized_shape) < len(shape) and _batched(node, output, shape, examples)
+    return len(node._saved_normalized_shape) < len(shape) and _of_input(node, output, shape, examples)
 
 
 def _batch_norm(node, output, shape, examples) -> bool:
-    return not node._saved_training and _batched(node, output, shape, examples)
+    return not node._saved_training and _of_input(node, output, shape, examples)
 
 
 def _signed(dim: int) -> int:
@@ -143,22 +158,23 @@ def _signed(dim: int) -> int:
 
 _KINDS: dict[Callable[..., bool], str] = {
     _same_elements: "View UnsafeView ReshapeAlias Alias Unsqueeze Squeeze Clone ToCopy",
-    _elementwise: "Add Sub Rsub Mul Div Neg Abs Pow Sqrt Rsqrt Exp Log Log1P Expm1 Sin Cos Tanh Sigmoid Relu Gelu Silu "
-    "Mish Elu LeakyRelu Hardtanh Hardswish Hardsigmoid Softplus LogSigmoid Erf Where MaskedFill Clamp ClampMin "
-    "ClampMax Reciprocal NativeDropout FusedDropout Expand MseLoss SmoothL1Loss HuberLoss BinaryCrossEntropy "
-    "BinaryCrossEntropyWithLogits",
+    _elementwise: "Add Sub Rsub Mul Div Neg Abs Pow Sqrt Rsqrt Exp Log Log1P Expm1 Reciprocal Sin Cos Tanh Sigmoid "
+    "Relu Gelu Silu Mish Elu LeakyRelu Hardtanh Hardswish Hardsigmoid Softplus LogSigmoid Erf Clamp ClampMin ClampMax "
+    "Minimum Maximum Where MaskedFill Addcmul Addcdiv Lerp Expand NativeDropout FusedDropout MseLoss SmoothL1Loss "
+    "HuberLoss BinaryCrossEntropy BinaryCrossEntropyWithLogits",
     _along: "Softmax LogSoftmax SafeSoftmax Sum Mean Amax Amin Max Min Logsumexp Cumsum Slice Select Split "
-    "SplitWithSizes Unbind Cat Stack Gather IndexSelect Flip Roll Unfold LinalgVectorNorm",
-    _permuted: "Transpose Permute T",
+    "SplitWithSizes Unbind Cat Stack Gather IndexSelect Flip Roll Unfold LinalgVectorNorm Std Var Prod Glu",
+    _permuted: "Transpose Permute",
+    _padded: "ConstantPadNd",
     _repeated: "Repeat",
     _times_constant(0): "Mm",
     _times_constant(1): "Addmm",
-    _products: "Bmm",
+    _products: "Bmm Baddbmm ScaledDotProductFlashAttentionForCpu ScaledDotProductFlashAttention "
+    "ScaledDotProductEfficientAttention ScaledDotProductCudnnAttention",
     _normalised: "NativeLayerNorm FusedRmsNorm",
     _batch_norm: "NativeBatchNorm CudnnBatchNorm",
-    _batched: "Baddbmm ScaledDotProductFlashAttentionForCpu ScaledDotProductFlashAttention "
-    "ScaledDotProductEfficientAttention ScaledDotProductCudnnAttention Convolution MaxPool2DWithIndices AvgPool2D "
-    "AdaptiveAvgPool2D NativeGroupNorm NllLoss NllLoss2D",
+    _of_input: "Convolution MaxPool2DWithIndices AvgPool2D AdaptiveAvgPool2D UpsampleNearest2D UpsampleBilinear2D "
+    "UpsampleBicubic2D NativeGroupNorm NllLoss NllLoss2D",
 }
 _RULES = {f"{kind}Backward": rule for rule, kinds in _KINDS.items() for kind in kinds.split()}
 
