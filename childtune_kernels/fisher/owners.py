@@ -8,7 +8,8 @@ proves nothing; nor does a matrix product of two activations, whose zeros may ro
 
 Such a pass is run twice, on one graph, so dropout draws once. D is linear in the losses' weights; with weights that are
 different powers of two, the rows of example j are scaled by its own power, exactly, and a row of several examples
-shows itself. This is looked at in every such batch: equal shapes do not mean equal owners.
+shows itself. This is looked at in every such batch: equal shapes do not mean equal owners. Squares are summed over
+examples, so B runs of rows may be theirs in any order, the same for all uses of a parameter.
 """
 
 from __future__ import annotations
@@ -182,18 +183,66 @@ _RULES = {f"{kind}Backward": rule for rule, kinds in _KINDS.items() for kind in 
 # ---- the second pass ------------------------------------------------------------------------------------------------
 
 
-def codes(examples: int, losses: Tensor, half: bool) -> list[Tensor]:
-    """Return weights [B] of the losses, powers of two, for as many passes as tell all examples apart.
+class Code:
+    """Weights of B losses that tell whose a row is: powers of two, in as many passes as tell all examples apart.
 
     Args:
-        half: whether float16 is among what they pass through, which has few exponents.
+        examples: B.
+        half: whether float16, which has few exponents, is among what the gradients pass through.
     """
-    powers = torch.tensor([2.0**e for e in (range(-4, 4) if half else range(-16, 16))])
-    digits, passes = torch.arange(examples), []
-    while not passes or bool(digits.any()):
-        passes.append(powers[digits % len(powers)].to(losses))
-        digits = digits // len(powers)
-    return passes
+
+    def __init__(self, examples: int, half: bool):
+        self.examples = examples
+        self.lowest = -4 if half else -16
+        self.powers = [2.0**exponent for exponent in range(self.lowest, -self.lowest)]
+
+    def weights(self, losses: Tensor) -> list[Tensor]:
+        """Return weights [B], one tensor a pass: the digits of each example's number."""
+        powers = torch.tensor(self.powers)
+        digits, passes = torch.arange(self.examples), []
+        while not passes or bool(digits.any()):
+            passes.append(powers[digits % len(powers)].to(losses))
+            digits = digits // len(powers)
+        return passes
+
+    def read(self, plain: Tensor, coded: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return whose each of B equal runs of rows is, [B], -1 for zeros; and whether each is of one example at all.
+
+        On a CPU the same sums are taken in the same order in all passes, so that powers of two scale them exactly. On
+        another device atomic additions come in any order; there a row may differ by as much as rounding makes.
+
+        Args:
+            plain: the `sketch` of D.
+            coded: those of the passes with `weights` on the losses.
+            dtype: of D.
+        """
+        runs = plain.reshape(self.examples, -1, _DIRECTIONS)
+        allowed = torch.full_like(runs[..., :1], 2.0**16 * torch.finfo(runs.dtype).smallest_normal)  # squares are 0
+        if plain.device.type != "cpu":
+            allowed = allowed + 16 * rounding([dtype], plain.device) * runs.norm(dim=-1, keepdim=True)
+        powers = torch.tensor(self.powers, dtype=runs.dtype, device=runs.device)
+        size = runs.double().square().sum((1, 2))
+        owner = torch.zeros(self.examples, dtype=torch.long, device=plain.device)
+        right = torch.ones((), dtype=torch.bool, device=plain.device)
+        for place, sketches in enumerate(coded):
+            sketches = sketches.reshape(runs.shape)
+            ratio = (sketches.double() * runs).sum((1, 2)) / size
+            digit = (ratio.log2().round().nan_to_num() - self.lowest).clamp(0, len(powers) - 1).long()
+            power = powers[digit][:, None, None]
+            right = right & ((sketches - runs * power).abs() <= allowed * power.clamp(min=1)).all()
+            owner += digit * len(powers) ** place
+        return torch.where(size == 0, -1, owner), right
+
+
+def merged(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Return whose runs are, as two uses of a parameter show it, and whether they show the same."""
+    return torch.maximum(one, other), ((one == other) | (one < 0) | (other < 0)).all()
+
+
+def distinct(owner: Tensor) -> Tensor:
+    """Return, as a boolean tensor, whether no two runs of rows belong to one example."""
+    ordered = owner.sort().values
+    return ~((ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)).any()
 
 
 def sketch(grad: Tensor, dim: int) -> Tensor:
@@ -210,23 +259,3 @@ def sketch(grad: Tensor, dim: int) -> Tensor:
 def _directions(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     draw = torch.Generator().manual_seed(width)
     return torch.randn(width, _DIRECTIONS, generator=draw, dtype=torch.float64).to(device, dtype)
-
-
-def owned(plain: Tensor, coded: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return, as a boolean tensor, whether rows i, L / B an example and examples first, are all of their example.
-
-    On a CPU the same sums are taken in the same order in both passes, so that powers of two scale them exactly. On
-    another device atomic additions come in any order; there a row may differ by as much as rounding makes.
-
-    Args:
-        plain: the `sketch` of D.
-        coded: that of D with ``weights`` on the losses.
-        weights: of `codes`.
-        dtype: of D.
-    """
-    scale = weights.to(plain.dtype).repeat_interleave(len(plain) // len(weights))[:, None, None]
-    expected = plain * scale
-    allowed = torch.full_like(expected[..., :1], 2.0**16 * torch.finfo(plain.dtype).smallest_normal)  # squares are 0
-    if plain.device.type != "cpu":
-        allowed = allowed + 16 * rounding([dtype], plain.device) * expected.norm(dim=-1, keepdim=True)
-    return ((coded - expected).abs() <= allowed).all()

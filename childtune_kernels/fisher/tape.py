@@ -80,7 +80,8 @@ class Tape(TorchFunctionMode):
         self.counts: dict[str, int] = defaultdict(int)
         self.rules: dict[str, str] = {}
         self.in_order = False
-        self.codes: list[Tensor] = []
+        self.code: owners.Code | None = None
+        self.owners: dict[str, Tensor] = {}
         self.stage = _FORWARD
         self.verdicts: dict[str, Tensor] = {}
 
@@ -202,7 +203,7 @@ class Tape(TorchFunctionMode):
         uses = {name: use for name, use in output.uses.items() if name in self.uses}
         for use in uses.values():
             use.grad = grad
-        if not self.in_order:
+        if uses and not self.in_order:
             self.judge(output, list(uses), grad)
         done = [name for name in uses if len(self.uses[name]) == 1]
         if len(done) == 2:
@@ -218,12 +219,12 @@ class Tape(TorchFunctionMode):
 
     def judge(self, output: Output, names: list[str], grad: Tensor) -> None:
         """Compare D with what the coded passes made of it; the verdict stays on the device."""
-        plain = owners.sketch(grad, output.dim)
-        for sketch, weights in zip(output.sketches, self.codes, strict=True):
-            verdict = owners.owned(plain, sketch, weights.to(grad.device), grad.dtype)
-            for name in names:
-                before = self.verdicts.get(name)
-                self.verdicts[name] = verdict if before is None else before & verdict
+        owner, right = self.code.read(owners.sketch(grad, output.dim), output.sketches, grad.dtype)
+        for name in names:
+            own, same = owners.merged(owner, self.owners[name]) if name in self.owners else (owner, right)
+            before = self.verdicts.get(name, right)
+            self.owners[name] = own
+            self.verdicts[name] = before & right & same & owners.distinct(own)
 
     def backward(self, losses: Tensor) -> None:
         """Differentiate the losses and accumulate every parameter's squares into ``totals``.
@@ -241,7 +242,9 @@ class Tape(TorchFunctionMode):
             names, verdicts = zip(*self.verdicts.items(), strict=True)
             device = verdicts[0].device
             right = torch.stack([verdict.to(device) for verdict in verdicts]).tolist()
-            self.leave([n for n, ok in zip(names, right, strict=True) if not ok], "rows shared or in another order")
+            self.leave(
+                [n for n, ok in zip(names, right, strict=True) if not ok], "rows that are not one example's each"
+            )
 
     def differentiate(self, losses: Tensor) -> None:
         graph = owners.inspect(losses, self.examples)
@@ -256,8 +259,8 @@ class Tape(TorchFunctionMode):
             return
         if not self.in_order:
             self.stage = _CODED
-            self.codes = owners.codes(self.examples, losses, torch.float16 in self.dtypes | {losses.dtype})
-            for weights in self.codes:
+            self.code = owners.Code(self.examples, torch.float16 in self.dtypes | {losses.dtype})
+            for weights in self.code.weights(losses):
                 torch.autograd.grad(losses, leaves, weights, retain_graph=True, allow_unused=True)
         self.stage = _PLAIN
         torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
