@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from childtune_kernels.fisher import Fisher, classification_loss, estimate_fisher, regression_loss
-from childtune_kernels.fisher.estimate import take
+from childtune_kernels.fisher.batches import take
 
 EXACT = 1e-12  # float64 sums of a few thousand terms
 FLOOR = 1e-24  # of gradients that are 0 but for rounding: attention does not change with a key's bias

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -43,16 +44,34 @@ def random_state():
 @contextlib.contextmanager
 def borrowed(model: nn.Module, training: bool):
     """Lend the model: its modes and buffers are put back."""
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    put_back = _copied(model)
     with mode(model, training), torch.enable_grad():
         with _without_checkpointing():
             try:
                 yield
             finally:
-                with torch.no_grad():
-                    for buffer, value in buffers:
-                        if not torch.equal(buffer, value):
-                            buffer.copy_(value)
+                put_back()
+
+
+def _copied(model: nn.Module) -> Callable[[], None]:
+    """Copy what a forward pass may change; return the function that puts it back.
+
+    That is buffers, written to or replaced, and the weights that an embedding with ``max_norm`` rescales in place.
+    """
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    rescaled = [m for m in model.modules() if getattr(m, "max_norm", None) is not None]
+    changeable = [*model.buffers(), *(p for m in rescaled for p in m.parameters(recurse=False))]
+    values = [(tensor, tensor.detach().clone()) for tensor in changeable]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for module, before in buffers:
+            module._buffers.update(before)
+        for tensor, value in values:
+            if not torch.equal(tensor, value):
+                tensor.copy_(value)
+
+    return put_back
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ parameter stands in another place than the rule is for.
 from __future__ import annotations
 
 import functools
+import string
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,12 @@ def _swapped_einsum(x, equation, weight):
 
 
 def _einsum_use(tape, weight, x, dims, left, right, result):
-    """Return a `Product` where the weight's indices are the input's, then the output's or the reverse."""
+    """Return a `Product` where the weight's indices are the input's, then the output's or the reverse.
+
+    None where input and output do not go over examples in the same index.
+    """
+    if left[dims[0]] != result[dims[1]] or left[dims[0]] in right:
+        return None
     inner = "".join(i for i in right if i in left and i not in result)
     outer = "".join(i for i in right if i in result and i not in left)
     shared = left[: len(left) - len(inner)]
@@ -95,10 +101,9 @@ def _einsum_use(tape, weight, x, dims, left, right, result):
                 weight.shape, tape.examples, dims[1], x=x, x_dim=dims[0],
                 inner=len(inner), outer=len(outer), transposed=right == inner + outer,
             )  # fmt: skip
-    example = left[dims[0]]
-    return Einsum(
-        weight.shape, tape.examples, dims[1], x=x, x_dim=dims[0], equation=f"{left},{result}->{example}{right}"
-    )
+    example = next(letter for letter in string.ascii_letters if letter not in left + right + result)
+    equation = f"{example}{left},{example}{result}->{example}{right}"
+    return Einsum(weight.shape, tape.examples, dims[1], x=x, x_dim=dims[0], equation=equation)
 
 
 def _embedding(
@@ -106,7 +111,7 @@ def _embedding(
 ):
     if max_norm is not None or scale_grad_by_freq or not tape.name(weight):
         return NotImplemented
-    row = None if padding_idx is None or padding_idx == -1 else padding_idx % weight.shape[0]
+    row = None if padding_idx is None else padding_idx % weight.shape[0]  # -1: the last row, unlike torch.embedding
 
     def make(ids, dims):
         return [Lookup(weight.shape, tape.examples, dims[1], ids=ids, ids_dim=dims[0], padding_idx=row)]

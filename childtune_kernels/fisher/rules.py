@@ -1,8 +1,9 @@
 """Per-example gradients of one parameter, use by use: what `tape` records and how Eq. 10 squares and sums it.
 
-For a loss that is a sum over examples, D = dL/d(output) holds every example's gradient in its own slice, and so the
-gradient G_j of example j follows from D and the use's input alone. A parameter used once takes its rule's short way,
-which never holds more than a few G_j; one used several times sums the uses' G_j before it squares.
+For a loss that is a sum over examples, D = dL/d(output) holds every example's gradient in its own rows (`owners` says
+how that is known), and so the gradient G_j of example j follows from D and the use's input alone. A parameter used once
+takes its rule's short way, which never holds more than a few G_j; one used several times sums the uses' G_j before it
+squares.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ class Convolution(Product):
 
     def operands(self):
         x = F.unfold(self.x, self.shape[2:], **dict(self.unfold)).mT
-        return self.grad.flatten(2).mT, x.to(self.grad.dtype)
+        d, x = (by_example(part, 0, self.examples).flatten(1, 2) for part in (self.grad.flatten(2).mT, x))
+        return d, x.to(d.dtype)
 
 
 @dataclass
@@ -131,13 +133,14 @@ class Einsum(Use):
     """Any other two-operand einsum: G_j by the einsum that keeps the example's index."""
 
     x: Tensor | None = None
-    equation: str = ""  # of x and D to [example, *shape]
+    equation: str = ""  # of x and D, both by example, to [example, *shape]
     x_dim: int = 0
     rule: ClassVar[str] = "einsum"
 
     def per_example(self, lo, hi):
-        x = wide(self.x.narrow(self.x_dim, lo, hi - lo))
-        return torch.einsum(self.equation, x, wide(self.grad.narrow(self.out_dim, lo, hi - lo)))
+        x = by_example(self.x, self.x_dim, self.examples)[lo:hi]
+        d = by_example(self.grad, self.out_dim, self.examples)[lo:hi]
+        return torch.einsum(self.equation, wide(x), wide(d))
 
 
 @dataclass

@@ -9,18 +9,39 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from . import rules
+from . import owners, rules
 from .handlers import HANDLERS
 from .rules import Use
 
 # (name, which use of it) -> the dimensions of (input, output) that go over examples; -1: none does
 Layout = dict[tuple[str, int], tuple[int, int]]
+_SHARED = (-1, -1)
+_FORWARD, _CODED, _PLAIN = "forward", "coded", "plain"  # what the pass is at
+
+
+@dataclass
+class Output:
+    """What one call made of parameters: their uses, and what coded passes brought of its gradient.
+
+    Attributes:
+        uses: name -> use; all of the same output.
+        sketches: one a coded pass.
+    """
+
+    uses: dict[str, Use]
+    sketches: list[Tensor] = field(default_factory=list)
+
+    @property
+    def dim(self) -> int:
+        """The dimension over examples."""
+        return next(iter(self.uses.values())).out_dim
 
 
 class Tape(TorchFunctionMode):
@@ -52,11 +73,17 @@ class Tape(TorchFunctionMode):
         self.layout = layout
         self.totals = totals
         self.shapes: dict[tuple[str, int], tuple[torch.Size, torch.Size]] = {}
+        self.dtypes: set[torch.dtype] = set()
+        self.expanded: set[str] = set()
         self.anchors: dict[torch.device, Tensor] = {}
         self.uses: dict[str, list[Use]] = defaultdict(list)
         self.counts: dict[str, int] = defaultdict(int)
-        self.waiting: dict[str, int] = {}
         self.rules: dict[str, str] = {}
+        self.in_order = False
+        self.code: owners.Code | None = None
+        self.owners: dict[str, Tensor] = {}
+        self.stage = _FORWARD
+        self.verdicts: dict[str, Tensor] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -107,30 +134,47 @@ class Tape(TorchFunctionMode):
             self.counts[name] += 1
         dims = None
         if self.layout is not None:
-            if any(key not in self.layout for key in keys):
-                raise RuntimeError(
-                    f"the model uses {keys[0][0]!r} more often in this batch than in the first: exclude it, "
-                    "or make the model's path independent of the data"
-                )
-            dims = self.layout[keys[0]]
-            if x is not None and dims == (-1, -1):  # shared by the batch, like position ids: one copy an example
+            dims = self.layout.get(keys[0]) if all(key in self.layout for key in keys) else None
+            if dims == _SHARED and x.shape[:1] == (1,):  # like position ids: one copy an example
                 x = x.expand(self.examples, *x.shape[1:])
                 args = (x, *args[1:])
                 dims = (0, 0)
+                self.expanded.update(name for name, _ in keys)
         out = func(*_detached(args, self.names), **_detached(kwargs, self.names))
+        self.dtypes.add(out.dtype)
         if self.layout is None:
             for key in keys:
                 self.shapes[key] = (torch.Size() if x is None else x.shape, out.shape)
+            return self.start(out)
+        made = make(x, dims) if dims is not None and self.fits(x, out, dims) else [None]
+        if None in made:
+            self.leave([name for name, _ in keys], "used by this batch in another way than by the first")
             return out
-        uses = {name: use for name, use in zip(watched, make(x, dims), strict=True) if name}
+        uses = {name: use for name, use in zip(watched, made, strict=True) if name}
         for name, use in uses.items():
             self.uses[name].append(use)
-        if not torch.is_grad_enabled():
-            return out
-        if not out.requires_grad:  # the start of the graph; not a leaf, which in-place code would trip over
-            out = out + self.anchor(out.device)
-        out.register_hook(partial(self.receive, uses))
+        if torch.is_grad_enabled():
+            out = self.start(out)
+            out.register_hook(partial(self.receive, Output(uses)))
         return out
+
+    def fits(self, x: Tensor | None, out: Tensor, dims: tuple[int, int]) -> bool:
+        """Return whether what the layout says of a use is possible for the shapes that came."""
+        place, own = dims
+        if not 0 <= own < out.dim() or out.shape[own] % self.examples:
+            return False
+        return x is None or (0 <= place < x.dim() and x.shape[place] == out.shape[own])
+
+    def leave(self, names: list[str], why: str) -> None:
+        """Leave parameters to single examples, from this batch on."""
+        for name in names:
+            self.unruled.setdefault(name, why)
+
+    def start(self, out: Tensor) -> Tensor:
+        """Return an output as part of the graph, of which it may be the start."""
+        if out.requires_grad or not torch.is_grad_enabled():
+            return out
+        return out + self.anchor(out.device)  # not a leaf, which in-place code would trip over
 
     def anchor(self, device: torch.device) -> Tensor:
         """Return the zero that graphs start from: differentiating to it visits every use, and no parameter."""
@@ -147,29 +191,88 @@ class Tape(TorchFunctionMode):
 
     # ---- the backward pass ------------------------------------------------------------------------------------------
 
-    def receive(self, uses: dict[str, Use], grad: Tensor) -> None:
+    def receive(self, output: Output, grad: Tensor) -> None:
         """Take D of one output. A parameter is done when all its uses are; most have one."""
+        if self.stage is _FORWARD:
+            if torch.is_grad_enabled():  # a gradient that is part of the loss depends on its weights a second time
+                self.leave(list(output.uses), "differentiated inside the loss")
+            return
+        if self.stage is _CODED:
+            output.sketches.append(owners.sketch(grad, output.dim))
+            return
+        uses = {name: use for name, use in output.uses.items() if name in self.uses}
         for use in uses.values():
             use.grad = grad
+        if uses and not self.in_order:
+            self.judge(output, list(uses), grad)
         done = [name for name in uses if len(self.uses[name]) == 1]
         if len(done) == 2:
-            first, second = (self.totals[name] for name in done)
+            first, second = (self.target(name) for name in done)
             if uses[done[0]].accumulate_with_bias_(first, second):
-                for name in done:
+                for name, target in zip(done, (first, second), strict=True):
                     self.rules[name] = uses[name].rule
                     self.uses.pop(name)[0].__dict__.clear()
+                    self.commit(name, target)
                 return
         for name in done:
             self.finish(name)
 
+    def judge(self, output: Output, names: list[str], grad: Tensor) -> None:
+        """Compare D with what the coded passes made of it; the verdict stays on the device."""
+        owner, right = self.code.read(owners.sketch(grad, output.dim), output.sketches, grad.dtype)
+        for name in names:
+            own, same = owners.merged(owner, self.owners[name]) if name in self.owners else (owner, right)
+            before = self.verdicts.get(name, right)
+            self.owners[name] = own
+            self.verdicts[name] = before & right & same & owners.distinct(own)
+
     def backward(self, losses: Tensor) -> None:
-        """Differentiate the sum of the losses and accumulate every parameter's squares into ``totals``."""
+        """Differentiate the losses and accumulate every parameter's squares into ``totals``.
+
+        Parameters whose rows are not known to be their examples' add nothing; they are unruled afterwards.
+        """
         with torch.autocast(losses.device.type, enabled=False):  # what the rules compute is not the model's
             if losses.requires_grad:
-                torch.autograd.grad(losses.sum(), list(self.anchors.values()), allow_unused=True)
+                self.differentiate(losses)
+            self.stage = _PLAIN
             with torch.no_grad():
                 for name in list(self.uses):
                     self.finish(name)
+        if self.verdicts:
+            names, verdicts = zip(*self.verdicts.items(), strict=True)
+            device = verdicts[0].device
+            right = torch.stack([verdict.to(device) for verdict in verdicts]).tolist()
+            self.leave(
+                [n for n, ok in zip(names, right, strict=True) if not ok], "rows that are not one example's each"
+            )
+
+    def differentiate(self, losses: Tensor) -> None:
+        graph = owners.inspect(losses, self.examples)
+        unseen = [self.names[id(leaf)] for leaf in graph.leaves if id(leaf) in self.names]
+        self.leave([name for name in unseen if name in self.wanted], "used where its calls are not seen")
+        for name in self.unruled:
+            self.uses.pop(name, None)
+        leaves = [leaf for leaf in graph.leaves if id(leaf) not in self.names]
+        first = all(use.out_dim == 0 for uses in self.uses.values() for use in uses)
+        self.in_order = self.examples == 1 or (graph.in_order and first)
+        if not leaves or not self.uses:
+            return
+        if not self.in_order:
+            self.stage = _CODED
+            self.code = owners.Code(self.examples, torch.float16 in self.dtypes | {losses.dtype})
+            for weights in self.code.weights(losses):
+                torch.autograd.grad(losses, leaves, weights, retain_graph=True, allow_unused=True)
+        self.stage = _PLAIN
+        torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+
+    def target(self, name: str) -> Tensor:
+        """Return what a parameter's squares are added to: its total, or zeros until the verdict is known."""
+        return self.totals[name] if self.in_order else torch.zeros_like(self.totals[name])
+
+    def commit(self, name: str, target: Tensor) -> None:
+        """Add what was put aside to the total, if the rows are their examples'."""
+        if not self.in_order:
+            self.totals[name].add_(torch.where(self.verdicts[name], target, 0.0))
 
     def finish(self, name: str) -> None:
         """Accumulate a parameter's uses and let go of what they held."""
@@ -177,10 +280,12 @@ class Tape(TorchFunctionMode):
         self.rules[name] = " + ".join(dict.fromkeys(use.rule for use in uses)) or "no gradient"
         if not uses:
             return
+        target = self.target(name)
         if len(uses) == 1:
-            uses[0].accumulate_(self.totals[name])
+            uses[0].accumulate_(target)
         else:
-            rules.accumulate_uses_(self.totals[name], uses)
+            rules.accumulate_uses_(target, uses)
+        self.commit(name, target)
         for use in uses:
             use.__dict__.clear()
 
@@ -194,7 +299,7 @@ def find_layout(one: Tape, two: Tape, unruled: dict[str, str]) -> Layout:
             unruled.setdefault(name, "used a different number of times by one and by two examples")
             continue
         dims = tuple(rules.doubled_dimension(a, b) for a, b in zip(one.shapes[key], two.shapes[key], strict=True))
-        shared = dims == (-1, -1) and two.shapes[key][0][:1] == (1,)
+        shared = dims == _SHARED and two.shapes[key][0][:1] == (1,)
         if None in dims or (dims[1] == -1 and not shared):
             unruled.setdefault(name, "an output without an example dimension")
             continue
