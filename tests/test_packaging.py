@@ -65,7 +65,8 @@ def test_a_build_leaves_its_reasons_where_doctor_finds_them(tree, tmp_path, monk
 def test_doctor_says_how_to_get_what_is_faster():
     assert doctor.faster_than("csrc", "cpu") == doctor.faster_than("triton", "cuda") == ""
     assert "pip install --no-build-isolation ." in doctor.faster_than("reference", "cpu")
-    assert "childtune_kernels[triton]" in doctor.faster_than("reference", "cuda")
+    assert "childtune_kernels[triton]" in doctor.faster_than("csrc", "cuda")
+    assert "childtune_kernels[triton]" not in doctor.faster_than("reference", "cpu")
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here")

@@ -47,17 +47,16 @@ def run(args: argparse.Namespace) -> int:
 def build_record() -> list[str]:
     """Return what setup.py built of csrc and what it could not, and why."""
     if not BUILT.is_file():
-        return ["no record: this package was not installed by pip, or is of another version"]
+        return ["no record: this package was not installed by pip, or by an older setup.py"]
     return BUILT.read_text(encoding="utf-8").splitlines()
 
 
 def faster_than(chosen: str, device_type: str) -> str:
     """Return how to get what is faster on a device than the implementation in use."""
-    if chosen != "reference":
-        return ""  # csrc and triton are level: benchmarks/results
-    ways = ["pip install --no-build-isolation . where there is a compiler"]
-    ways += ["pip install 'childtune_kernels[triton]'"] if device_type == "cuda" else []
-    return f", the slowest; to get a faster one: {', or '.join(ways)}"
+    ways = ["pip install --no-build-isolation . where there is a compiler"] if chosen == "reference" else []
+    if device_type == "cuda" and chosen != "triton":
+        ways.append("pip install 'childtune_kernels[triton]'")
+    return f"; for a faster one: {', or '.join(ways)}" if ways else ""
 
 
 def self_check(impl: str, device_type: str) -> str | None:
