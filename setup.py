@@ -4,8 +4,8 @@ csrc/python becomes _C_python_<torch version>, for this torch and this Python al
 
 CHILDTUNE_BUILD_EXT=auto (the default) builds what this machine can and installs the pure-Python package all the same; 1
 fails instead; 0 builds nothing. What was built, or not and why, is written into the package for `childtune doctor`: pip
-shows no output of a build. CUDA is built where nvcc is found and
-torch is a CUDA build, for TORCH_CUDA_ARCH_LIST, else the GPU present, else 8.0, 9.0 and 10.0+PTX.
+shows no output of a build. CUDA is built where nvcc is found and torch is a CUDA build, for TORCH_CUDA_ARCH_LIST, else
+the GPU present, else 8.0, 9.0 and 10.0+PTX.
 """
 
 import glob

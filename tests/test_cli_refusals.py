@@ -244,8 +244,8 @@ def test_a_causal_lm_needs_no_labels(room, monkeypatch, capsys):
     assert main(["fisher", "gpt", "task.jsonl", *save]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("causal-lm, 1 examples") and not err
-    assert main(["fisher", "three", "task.jsonl", *save, "--head", "causal-lm"]) == 0
-    assert "this model sees the tokens that it is asked to predict" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="this model sees the tokens that it is asked to predict"):
+        assert main(["fisher", "three", "task.jsonl", *save, "--head", "causal-lm"]) == 0
     (room / "causal.safetensors").unlink()
 
 
@@ -336,6 +336,16 @@ def test_bugs_are_one_line_and_a_traceback_on_demand(monkeypatch, capsys):
     monkeypatch.setenv("CHILDTUNE_DEBUG", "1")
     with pytest.raises(KeyError):
         main(["doctor"])
+
+
+def test_warnings_say_who_warns():
+    """And not where in the code: that is two lines of Python."""
+    code = (
+        "import warnings; from childtune_kernels import cli; cli._run = lambda argv: warnings.warn('so\\nit is') or 0"
+    )
+    code += "; raise SystemExit(cli.main(['plan']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "childtune plan: note: so it is\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 from .. import __version__
@@ -48,6 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return its exit code; only that sub-command's module is imported."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name = " ".join(["childtune", *(word for word in argv[:1] if word in COMMANDS)])
+    with _warnings_of(name):
+        return _reported(argv, name)
+
+
+def _reported(argv: list[str], name: str) -> int:
+    """Run, and turn what went wrong into one line and an exit code."""
     try:
         return _run(argv)
     except KeyboardInterrupt:
@@ -58,6 +66,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, message = (2 if isinstance(error, Refused) else 1), _reason(error)
     print(f"{name}: {message}", file=sys.stderr)
     return code
+
+
+@contextmanager
+def _warnings_of(name: str) -> Iterator[None]:
+    """Have warnings say who warns instead of where in the code."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *where: f"{name}: note: {one_line(message)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _run(argv: list[str]) -> int:

@@ -146,7 +146,8 @@ def is_bitwise_reference(impl: str, device: torch.device, dtype: torch.dtype) ->
             options = {"mask": random_masks(params, 0.1)} if "D" in rule else {}
             options |= {"reserve_p": 0.3} if "F" in rule else {}
             options |= {"state": "dense"} if "dense" in rule else {}
-            optimizer = ChildAdamW(params, lr=1e-3, impl=name, pack_gradients="gradient" in rule, **options)
+            options |= {"pack_gradients": True, "max_grad_norm": math.inf} if "gradient" in rule else {}
+            optimizer = ChildAdamW(params, lr=1e-3, impl=name, **options)
             for _ in range(3):
                 for p in params:
                     p.grad = torch.randn(p.shape, generator=generator).to(device, dtype)

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import random
 import sys
+import warnings
 from pathlib import Path
 
 import numpy
@@ -142,7 +143,7 @@ def _refuse_what_sees_the_future(args: argparse.Namespace) -> None:
             f'{args.task} must have a "label" in every line, got none: this model sees the tokens that a causal-lm '
             f"must predict (--head causal-lm takes it for one all the same)"
         )
-    print("childtune fisher: note: this model sees the tokens that it is asked to predict", file=sys.stderr)
+    warnings.warn("this model sees the tokens that it is asked to predict", stacklevel=2)
 
 
 def _autocast(loss, device: str):
