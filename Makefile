@@ -6,7 +6,7 @@ PYTHON ?= python3
 GPU_PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install -c constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BUILT_FROM := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 
 .PHONY: demo test bench gpu lint clean
@@ -28,20 +28,22 @@ gpu:
 	PYTHON=$(GPU_PYTHON) bash benchmarks/gpu.sh $(ARGS)
 
 lint: $(VENV)/.torch
-	$(PIP_INSTALL) --quiet ruff
+	$(PIP_INSTALL) ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build *.egg-info childtune_kernels/_C_*.so .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build *.egg-info childtune_kernels/_C_*.so childtune_kernels/_build.txt .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.torch: constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) torch numpy setuptools wheel ninja
-	touch $@
+	@echo "Installing torch into $(VENV): a download of some hundred megabytes ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) torch numpy setuptools wheel ninja
+	@touch $@
 
 # torch comes first: csrc is built against it. Without a compiler the package is installed all the same, in pure Python.
 $(VENV)/.demo $(VENV)/.test: $(VENV)/.%: $(VENV)/.torch $(BUILT_FROM)
-	$(PIP_INSTALL) --no-build-isolation -e '.[$*]'
-	touch $@
+	@echo "Building and installing childtune_kernels[$*] into $(VENV): some minutes ..."
+	@$(PIP_INSTALL) --no-build-isolation -e '.[$*]'
+	@touch $@

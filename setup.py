@@ -2,9 +2,10 @@
 
 csrc/python becomes _C_python_<torch version>, for this torch and this Python alone: what it does, Python does slower.
 
-CHILDTUNE_BUILD_EXT=auto (the default) builds what this machine can, says in one line what it cannot and why, and
-installs the pure-Python package all the same; 1 fails instead; 0 builds nothing. CUDA is built where nvcc is found and
-torch is a CUDA build, for TORCH_CUDA_ARCH_LIST, else the GPU present, else 8.0, 9.0 and 10.0+PTX.
+CHILDTUNE_BUILD_EXT=auto (the default) builds what this machine can and installs the pure-Python package all the same; 1
+fails instead; 0 builds nothing. What was built, or not and why, is written into the package for `childtune doctor`: pip
+shows no output of a build. CUDA is built where nvcc is found and torch is a CUDA build, for TORCH_CUDA_ARCH_LIST, else
+the GPU present, else 8.0, 9.0 and 10.0+PTX.
 """
 
 import glob
@@ -14,7 +15,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 MODE = os.environ.get("CHILDTUNE_BUILD_EXT", "auto")
@@ -29,15 +31,17 @@ MACROS = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
 # The bit contract forbids contraction; errno and traps, which nobody reads, would keep loops from vectorising.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS += ["-fvisibility=hidden", "-g0"]
+RECORD = []  # a line for everything that was built or left out
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
 def skip(what: str, why) -> None:
     """Say in one line that something is not built, or fail if it was asked for."""
-    message = f"childtune_kernels: {what} is not built ({why}); the package works without it, slower"
+    message = f"{what} is not built ({' '.join(str(why).split())}); the package works without it, slower"
     if MODE == "1":
-        raise SystemExit(message)
-    print(message)
+        raise SystemExit(f"childtune_kernels: {message}")
+    RECORD.append(message)
+    print(f"childtune_kernels: {message}")
 
 
 def find_nvcc() -> str | None:
@@ -61,6 +65,7 @@ def gencode_flags(torch) -> list[str]:
 
 def extensions() -> list[Extension]:
     if MODE == "0":
+        RECORD.append("csrc is not built (CHILDTUNE_BUILD_EXT=0)")
         return []
     try:
         import torch
@@ -93,6 +98,8 @@ def extensions() -> list[Extension]:
     )
     nvcc = find_nvcc()
     if nvcc is None or torch.version.cuda is None:
+        why = "nvcc is not found" if nvcc is None else f"torch {torch.__version__} is built without CUDA"
+        RECORD.append(f"childtune_kernels._C_cuda is not built ({why})")
         return [cpu, python]
     cuda_home = Path(nvcc).resolve().parent.parent
     cuda = Extension(
@@ -117,6 +124,7 @@ class BuildWhatWeCan(build_ext):
                 self.compile_cuda(extension)
                 self.build_extension(extension)
                 built.append(extension)
+                RECORD.append(f"{extension.name} is built")
             except Exception as error:
                 skip(extension.name, f"{type(error).__name__}: {error}")
         self.extensions = built  # what an editable install copies into the source tree
@@ -132,9 +140,42 @@ class BuildWhatWeCan(build_ext):
             extension.extra_objects.append(str(target))
 
 
+class Record(Command):
+    """Writes what was built into the package, where `childtune doctor` reads it."""
+
+    description = "record what of csrc was built"
+    user_options = []
+    editable_mode = False  # set by an editable install, whose package is the source tree
+
+    def initialize_options(self):
+        self.build_lib = None
+
+    def finalize_options(self):
+        self.set_undefined_options("build", ("build_lib", "build_lib"))
+
+    def file(self) -> Path:
+        return Path("" if self.editable_mode else self.build_lib, "childtune_kernels", "_build.txt")
+
+    def run(self):
+        self.file().write_text("\n".join(RECORD) + "\n", encoding="utf-8")
+
+    def get_outputs(self) -> list[str]:
+        return [str(self.file())]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+    def get_source_files(self) -> list[str]:
+        return []
+
+
+class BuildAndRecord(build):
+    sub_commands = [*build.sub_commands, ("record", None)]
+
+
 modules = extensions()
 setup(
     ext_modules=modules,
-    cmdclass={"build_ext": BuildWhatWeCan},
+    cmdclass={"build": BuildAndRecord, "build_ext": BuildWhatWeCan, "record": Record},
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if modules else {},
 )

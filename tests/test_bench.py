@@ -16,9 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 CALL = ["bench", "--device", "cpu", "--model", "bert-layer", "--rounds", "2", "--repeats", "2"]
 
 
-def test_a_run_records_where_what_and_the_spread(tmp_path):
-    path = tmp_path / "results" / "run.json"
+def test_a_run_records_where_what_and_the_spread(tmp_path, capsys, recwarn):
+    path = tmp_path / "run.json"
     assert main([*CALL, "--only", "ours", "torch AdamW fused", "--skip", "p=0.3", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert not [str(w.message) for w in recwarn if w.category is UserWarning]
+    assert "nan" not in printed and "host ms" not in printed  # a CPU has no such column
     report = json.loads(path.read_text())
     assert report["parameters"] == sum(torch.Size(shape).numel() for shape in _shapes.bert_layer())
     assert {"torch", "triton", "device", "python"} <= report["machine"].keys()

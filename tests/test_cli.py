@@ -1,5 +1,6 @@
 """The `childtune` command: the demo end to end on a tiny budget, the doctor, and what bad flags are told."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -58,6 +59,10 @@ def test_demo_of_one_method_compares_nothing(quick, capsys):
     out = capsys.readouterr().out
     assert "Child-Tuning_F" in out and "vanilla AdamW" not in out and "Child-Tuning_D" not in out
     assert "nothing follows" in out
+
+
+def test_methods_are_named_as_people_type_them():
+    assert demo._methods("D") == ("D",) and demo._methods("Vanilla, f,d ") == ("vanilla", "F", "D")
 
 
 def test_test_images_choose_nothing(task):
@@ -141,7 +146,7 @@ def test_verdict_weighs_the_mean_against_its_spread(differences, expected):
 
 
 def test_demo_names_missing_packages(monkeypatch, capsys):
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["demo"]) == 1
     assert "sklearn, scipy, tqdm: pip install 'childtune_kernels[demo]'" in capsys.readouterr().err
 

@@ -55,7 +55,7 @@ def test_what_cannot_be_done_is_one_line_and_writes_nothing(models, capsys):
         (("revert", folder / "base", file, folder / "base"), "as this delta made it"),
     ):
         capsys.readouterr()
-        assert delta(*args, "-o", out) == 1
+        assert delta(*args, "-o", out) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
         assert not out.exists()

@@ -89,10 +89,10 @@ def test_bad_input_is_told_in_one_line(files, tmp_path, capsys):
         "rte.safetensors": "each file must be given once, got ",
     }
     for name, message in bad.items():
-        assert main(["overlap", files[0], str(tmp_path / name)]) == 1
+        assert main(["overlap", files[0], str(tmp_path / name)]) == 2
         out, err = capsys.readouterr()
         assert not out and message in err and err.startswith("childtune overlap: ") and len(err.splitlines()) == 1
-    assert main(["overlap", files[0], str(tmp_path / "less.safetensors")]) == 1
+    assert main(["overlap", files[0], str(tmp_path / "less.safetensors")]) == 2
     assert "'embed.weight' (expected (7, 5), got none)" in capsys.readouterr().err
 
 

@@ -11,7 +11,11 @@ from torch.distributions import Bernoulli
 from .. import ChildAdamW, ChildMask, Fisher
 
 _ROWS, _COLUMNS = 2.0, 0.3  # spreads of clustered_masks
-_D_ROWS = {"": {}, ", packed gradient": {"pack_gradients": True}, ", dense state": {"state": "dense"}}
+_D_ROWS = {
+    "": {},
+    ", packed gradient": {"pack_gradients": True, "max_grad_norm": math.inf},
+    ", dense state": {"state": "dense"},
+}
 
 
 class EagerChildAdamW(torch.optim.Optimizer):

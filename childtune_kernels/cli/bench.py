@@ -11,6 +11,7 @@ import math
 import os
 import statistics
 import subprocess
+from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 
@@ -18,9 +19,13 @@ import torch
 
 from .. import ChildAdamW, ops
 from . import _timing
+from ._inputs import Results, device, output_file, whole, write_text
 from ._peers import contenders, random_masks, touched_groups
 from ._shapes import SHAPES
+from ._text import Refused
 
+# A column's title -> its key in `summary`; columns that a device does not have are left out.
+COLUMNS = {"host ms": "host", "device ms": "device", "busy ms": "busy", "of copy": "share", "launches": "launches"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -29,35 +34,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", choices=SHAPES, help="whose parameter shapes (default: bert-large, on a CPU bert-small)"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and gradients")
     parser.add_argument(
-        "--impl", nargs="*", choices=ops.IMPLEMENTATIONS, help="ours to measure (default: the fast ones)"
+        "--impl", nargs="+", choices=ops.IMPLEMENTATIONS, help="ours to measure (default: the fast ones)"
     )
-    parser.add_argument("--only", nargs="*", metavar="TEXT", help="rows whose name contains one of these")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="rows whose name contains one of these")
     parser.add_argument(
-        "--skip", nargs="*", default=[], metavar="TEXT", help="leave out rows whose name contains one of these"
+        "--skip",
+        nargs="+",
+        default=(),
+        metavar="TEXT",
+        help="leave these out (default: none)",
     )
-    parser.add_argument("--rounds", type=int, default=3, help="how often the whole list is measured")
-    parser.add_argument("--repeats", type=int, default=20, help="steps timed a round")
+    parser.add_argument("--rounds", type=whole(1), default=3, help="how often the whole list is measured")
+    parser.add_argument("--repeats", type=whole(1), default=20, help="steps timed a round")
     parser.add_argument("--group-each", action="store_true", help="put every tensor in a parameter group of its own")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--json", type=output_file(".json"), metavar="FILE.json", help="write the numbers to this file")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the file; return 1 if a parity gate fails."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    device = torch.device(args.device)
     model = args.model or ("bert-large" if device.type == "cuda" else "bert-small")
     dtype = DTYPES[args.dtype]
     impls = args.impl or [i for i in ("triton", "csrc") if ops.unavailable(i, device.type) is None] or ["reference"]
+    for impl in impls:
+        if reason := ops.unavailable(impl, device.type):
+            raise Refused(f"--impl {impl} is not available on {device.type}: {reason}")
+    if not _rows(impls, args):
+        raise Refused(f"--only and --skip must leave a row, of {', '.join(contenders(impls, args.group_each))}")
     failed = [impl for impl in impls if not is_bitwise_reference(impl, device, dtype)]
     for impl in failed:
         print(f"refused: {impl} differs from the reference on {device.type} in {args.dtype}")
-    rows = {
-        name: entry
-        for name, entry in contenders([i for i in impls if i not in failed], args.group_each).items()
-        if (not args.only or any(text in name for text in args.only)) and not any(text in name for text in args.skip)
-    }
+    rows = _rows([i for i in impls if i not in failed], args)
     shapes = SHAPES[model]()
     results: dict[str, list[dict]] = {name: [] for name in rows}
     bandwidths = []
@@ -82,10 +92,19 @@ def run(args: argparse.Namespace) -> int:
         "rows": results,
     }
     print(table(report))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    files = Results()
+    files.keep(args.json, write_text(json.dumps(report, indent=1) + "\n"))
+    files.close()
     return 1 if failed else 0
+
+
+def _rows(impls: list[str], args: argparse.Namespace) -> dict:
+    """Return the contenders that ``--only`` and ``--skip`` leave."""
+    return {
+        name: entry
+        for name, entry in contenders(impls, args.group_each).items()
+        if (not args.only or any(text in name for text in args.only)) and not any(text in name for text in args.skip)
+    }
 
 
 def _measure(rule: str, factory, shapes, device: torch.device, dtype: torch.dtype, repeats: int) -> dict:
@@ -127,7 +146,8 @@ def is_bitwise_reference(impl: str, device: torch.device, dtype: torch.dtype) ->
             options = {"mask": random_masks(params, 0.1)} if "D" in rule else {}
             options |= {"reserve_p": 0.3} if "F" in rule else {}
             options |= {"state": "dense"} if "dense" in rule else {}
-            optimizer = ChildAdamW(params, lr=1e-3, impl=name, pack_gradients="gradient" in rule, **options)
+            options |= {"pack_gradients": True, "max_grad_norm": math.inf} if "gradient" in rule else {}
+            optimizer = ChildAdamW(params, lr=1e-3, impl=name, **options)
             for _ in range(3):
                 for p in params:
                     p.grad = torch.randn(p.shape, generator=generator).to(device, dtype)
@@ -163,21 +183,22 @@ def table(report: dict) -> str:
     """Return the report as a text table."""
     where = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
     bandwidth, millions = statistics.median(report["copy_bandwidth"]) / 1e9, report["parameters"] / 1e6
+    rows = summary(report)
+    measured = {title: key for title, key in COLUMNS.items() if any(row.get(key) is not None for row in rows.values())}
     lines = [
         f"{report['model']}: {report['tensors']} tensors, {millions:.1f} M weights, {report['dtype']}",
         f"{where}; copy bandwidth {bandwidth:.0f} GB/s; {len(report['copy_bandwidth'])} rounds",
-        f"{'':50} {'step ms':>9} {'spread':>15} {'host ms':>8} {'device ms':>9} {'busy ms':>8} "
-        f"{'of copy':>7} {'launches':>8}",
+        " ".join([f"{'':50} {'step ms':>9} {'spread':>15}", *(f"{title:>9}" for title in measured)]),
     ]
-    for name, row in summary(report).items():
+    for name, row in rows.items():
         spread = f"{row['least']:7.3f}-{row['most']:7.3f}"
-        host, device, busy = (row.get(key, math.nan) for key in ("host", "device", "busy"))
-        share = f"{row['share']:7.3f}" if "share" in row else " " * 7
-        lines.append(
-            f"{name:50} {row['step']:9.3f} {spread} {host:8.3f} {device:9.3f} {busy:8.3f} "
-            f"{share} {row['launches'] or '':>8}"
-        )
+        lines.append(f"{name:50} {row['step']:9.3f} {spread} {_cells(row, measured.values())}".rstrip())
     return "\n".join(lines)
+
+
+def _cells(row: dict, keys: Iterable[str]) -> str:
+    values = (row.get(key) for key in keys)
+    return " ".join(f"{'' if v is None else v if isinstance(v, int) else f'{v:.3f}':>9}" for v in values)
 
 
 def commit() -> str:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +15,8 @@ import torch
 
 from .. import __version__, ops
 from ._digits import METHODS, TUNING_SEED, Images, Protocol, Task, fine_tune, load_task, pretrain
-from ._text import markdown, output_file
+from ._inputs import Results, device, output_file, require_apart, require_packages, whole, write_text
+from ._text import markdown
 from ._timing import machine
 
 PROTOCOL = Protocol()
@@ -25,7 +24,7 @@ PROTOCOL = Protocol()
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `childtune demo`."""
-    parser.add_argument("--seeds", type=_count, default=5, metavar="N", help="reported seeds (default: 5)")
+    parser.add_argument("--seeds", type=whole(1), default=5, metavar="N", help="reported seeds")
     parser.add_argument(
         "--methods",
         type=_methods,
@@ -33,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help=f"any of {','.join(METHODS)}, separated by commas (default: all)",
     )
-    parser.add_argument("--device", type=_device, default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--plot", type=output_file(".png"), metavar="FILE.png", help="write the learning curves here")
     parser.add_argument("--json", type=output_file(".json"), metavar="FILE.json", help="write all numbers here")
 
@@ -41,19 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the experiment and print its protocol, its table and what the table shows."""
     needed = ["sklearn", "scipy", "tqdm", *(["matplotlib"] if args.plot else [])]
-    missing = [package for package in needed if importlib.util.find_spec(package) is None]
-    if missing:
-        print(f"the demo needs {', '.join(missing)}: pip install 'childtune_kernels[demo]'", file=sys.stderr)
-        return 1
-    device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    task = load_task(PROTOCOL, device)
+    require_packages(needed, "'childtune_kernels[demo]'")
+    require_apart({"--json": args.json, "--plot": args.plot}, [])
+    task = load_task(PROTOCOL, torch.device(args.device))
     print("\n".join(describe(PROTOCOL, task, args.seeds)), end="\n\n", flush=True)
     results = experiment(args.methods, args.seeds, task, PROTOCOL)
     print("\n".join([*table(results), "", *conclusions(results)]))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
-    if args.plot:
-        plot(results, args.plot)
+    files = Results()
+    files.keep(args.json, write_text(json.dumps(results, indent=1) + "\n"))
+    files.keep(args.plot, lambda path: plot(results, path))
+    files.close()
     return 0
 
 
@@ -237,22 +233,9 @@ def plot(results: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _count(text: str) -> int:
-    if not (text.isdecimal() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
 def _methods(text: str) -> tuple[str, ...]:
-    methods = tuple(text.split(","))
-    if not set(methods) <= METHODS.keys() or len(set(methods)) < len(methods):
+    known = {method.lower(): method for method in METHODS}
+    methods = tuple(known.get(word.strip().lower()) for word in text.split(","))
+    if None in methods or len(set(methods)) < len(methods):
         raise argparse.ArgumentTypeError(f"expected some of {','.join(METHODS)}, each once, got {text!r}")
     return methods
-
-
-def _device(text: str) -> str:
-    if text not in ("auto", "cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"expected auto, cpu or cuda, got {text!r}")
-    if text == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError("expected a device that torch sees, got 'cuda': torch sees no CUDA device")
-    return text

@@ -4,166 +4,151 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
+import random
 import sys
+import warnings
 from pathlib import Path
-from typing import Any
 
+import numpy
 import torch
 
 from .. import estimate_fisher
-from ..fisher import causal_lm_loss, classification_loss, regression_loss
 from ..fisher.estimate import LABELS, RULES
-from ._text import output_file
+from ._checkpoint import HEADS, LENGTH, batches, length_for, load, try_texts
+from ._inputs import Results, device, output_file, quiet_transformers, require_apart, require_packages, share, whole
+from ._task import check_labels, head_of, read_task
+from ._text import Refused
 
-HEADS = {"classification": classification_loss, "regression": regression_loss, "causal-lm": causal_lm_loss}
+SCOPES = ("backbone", "all", "released")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `childtune fisher`."""
     parser.add_argument("checkpoint", type=Path, help="folder of a Hugging Face model with its tokenizer")
     parser.add_argument("task", type=Path, help='JSON lines: {"text": ..., "text_pair": ..., "label": ...}')
-    parser.add_argument("--out", type=output_file(".safetensors"), required=True, metavar="MASK.safetensors")
-    parser.add_argument("--p", type=float, default=0.1, help="the child's share of the weights in scope")
-    parser.add_argument("--head", choices=HEADS, help="default: by the labels: none, numbers with a point, others")
-    parser.add_argument("--rule", choices=RULES, default="exact")
-    parser.add_argument("--labels", choices=LABELS, default="true")
-    parser.add_argument("--scope", choices=("backbone", "all", "released"), default="backbone")
+    parser.add_argument(
+        "--out",
+        type=output_file(".safetensors"),
+        required=True,
+        metavar="MASK.safetensors",
+        help="the file to write",
+    )
+    parser.add_argument("--p", type=share, default=0.1, help="the child's share of the weights in scope")
+    parser.add_argument(
+        "--head",
+        choices=HEADS,
+        help="what the model is to predict (default: without labels causal-lm, the next token, for a model that cannot "
+        "see it; regression if any label has a point, as 3.0; else classification, labels being class numbers from 0 "
+        "on). The checkpoint's own task head is kept; one that it lacks is drawn at random, by --seed, and Fisher "
+        "information depends on what was drawn",
+    )
+    parser.add_argument(
+        "--rule",
+        choices=RULES,
+        default="exact",
+        help="exact: the square of every single example's gradient, as in the paper; batch: of every batch's mean "
+        "gradient; released: the same, clipped and with dropout, as the paper's code does it",
+    )
+    parser.add_argument(
+        "--labels",
+        choices=LABELS,
+        default="true",
+        help="whose labels: true: the task's, as in the paper; sampled: drawn from what the model predicts; predicted: "
+        "the likeliest of these",
+    )
+    parser.add_argument(
+        "--scope",
+        choices=SCOPES,
+        default="backbone",
+        help="what the child is chosen from, all else being trained fully: backbone: the pretrained part; all: "
+        "everything; released: parameters with 'layer' in their name, as the paper's code does it",
+    )
     parser.add_argument("--per-tensor", action="store_true", help="take the share of each tensor by itself")
     parser.add_argument("--lowest", action="store_true", help="take the lowest information instead of the highest")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--max-length", type=int, default=128, help="in tokens; longer texts are cut")
-    parser.add_argument("--limit", type=int, help="stop after this many batches")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--batch-size", type=whole(1), default=16, help="examples computed together")
+    parser.add_argument(
+        "--max-length",
+        type=whole(1),
+        help=f"in tokens; longer texts are cut (default: {LENGTH}, or the model's positions where these are fewer)",
+    )
+    parser.add_argument("--limit", type=whole(1), metavar="N", help="stop after this many batches (default: all)")
+    parser.add_argument(
+        "--seed", type=whole(0, 2**32 - 1), default=0, metavar="N", help="of a head that is drawn, dropout and sampling"
+    )
+    parser.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--bfloat16", action="store_true", help="compute under bfloat16 autocast")
-    parser.add_argument("--save-fisher", type=output_file(".safetensors"), metavar="FISHER.safetensors")
+    parser.add_argument(
+        "--save-fisher",
+        type=output_file(".safetensors"),
+        metavar="FISHER.safetensors",
+        help="also write the information itself, from which other children can be chosen",
+    )
     parser.add_argument("--report", action="store_true", help="print how each parameter was estimated")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Estimate, select and write; return 1, with one line of why, where that fails."""
-    missing = [name for name in ("transformers", "safetensors") if importlib.util.find_spec(name) is None]
-    if missing:
-        return _fail(f"this needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-    try:
-        rows = read_task(args.task)
-        head = args.head or _head_of(rows)
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-        tokenizer, model = load(args.checkpoint, head, rows, device)
-        fisher = estimate_fisher(
-            model,
-            batches(rows, tokenizer, head, args.batch_size, args.max_length),
-            _autocast(HEADS[head], device) if args.bfloat16 else HEADS[head],
-            rule=args.rule,
-            labels=args.labels,
-            limit=args.limit,
-            progress=sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None,
-        )
-        options = dict(scope=args.scope, per_tensor=args.per_tensor)
-        mask = fisher.bottom(args.p, **options) if args.lowest else fisher.top(args.p, **options)
-    except (OSError, ValueError) as error:
-        return _fail(str(error))
-    mask.save(args.out)
-    if args.save_fisher:
-        fisher.save(args.save_fisher)
+    """Look at everything that was given, then estimate, select and write."""
+    require_packages(["transformers", "safetensors"], "transformers safetensors")
+    quiet_transformers()
+    outputs = {"--out": args.out, "--save-fisher": args.save_fisher}
+    require_apart(outputs, [args.task, *args.checkpoint.glob("*.safetensors")])
+    rows = read_task(args.task)
+    head = args.head or head_of(rows)
+    check_labels(args.task, rows, head)
+    if head == "regression" and args.labels == "predicted":
+        raise Refused("--labels must be true or sampled for a regression, got predicted: its gradient is 0")
+    seed_everything(args.seed)
+    tokenizer, model = load(args.checkpoint, head, rows, "cpu", args.task)
+    if args.scope == "released" and not any("layer" in name for name, _ in model.named_parameters()):
+        raise Refused("--scope released must find parameters with 'layer' in their name, got none in this model")
+    length = length_for(model, args.max_length)
+    causal = try_texts(tokenizer, model, head, rows, length, args.task)
+    if head == "causal-lm" and not causal:
+        _refuse_what_sees_the_future(args)
+    fisher = estimate_fisher(
+        model.to(args.device),
+        batches(rows, tokenizer, head, args.batch_size, length),
+        _autocast(HEADS[head], args.device) if args.bfloat16 else HEADS[head],
+        rule=args.rule,
+        labels=args.labels,
+        limit=args.limit,
+        progress=sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None,
+    )
+    results = Results()
+    results.keep(args.save_fisher, fisher.save)
+    options = dict(scope=args.scope, per_tensor=args.per_tensor)
+    mask = fisher.bottom(args.p, **options) if args.lowest else fisher.top(args.p, **options)
     if args.report:
         print(fisher.report())
+    results.keep(args.out, mask.save)
     unit = "examples" if args.rule == "exact" else "batches"
-    print(f"{head}, {fisher.count:,} {unit}, rule {args.rule!r}; {args.out}: {mask}, digest {mask.digest()}")
+    drawn = f"; drawn at random: {', '.join(model.drawn)}" if model.drawn else ""
+    print(f"{head}, {fisher.count:,} {unit}, rule {args.rule!r}; {args.out}: {mask}{drawn}; "
+          f"digest {mask.digest()}, seed {args.seed}")  # fmt: skip
+    results.close()
     return 0
 
 
-def read_task(path: Path) -> list[dict[str, Any]]:
-    """Read the examples.
-
-    Raises:
-        ValueError: naming the line that is no JSON object, has no text, or has a label where another has none.
-    """
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} must be a JSON object, got {line[:40]!r}: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise ValueError(f'{path}, line {number} must be a JSON object with a "text", got {line[:40]!r}')
-        if ("label" in row) != ("label" in (rows or [row])[0]):
-            raise ValueError(f"{path}, line {number} must have a label like the first line, or none like it")
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{path} must hold at least one example, got none")
-    return rows
+def seed_everything(seed: int) -> None:
+    """Seed whatever a head, dropout or sampling may draw from."""
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
 
 
-def _head_of(rows: list[dict[str, Any]]) -> str:
-    if "label" not in rows[0]:
-        return "causal-lm"
-    return "regression" if any(isinstance(row["label"], float) for row in rows) else "classification"
-
-
-def load(checkpoint: Path, head: str, rows: list[dict[str, Any]], device: str):
-    """Load tokenizer and model from files only; a classification head gets as many classes as the task has.
-
-    Raises:
-        ValueError: the folder holds no model, or has another number of classes than the task.
-    """
-    import transformers
-
-    if not (checkpoint / "config.json").is_file():
-        raise ValueError(f"checkpoint must be a folder with a config.json, got {checkpoint}")
-    kind = transformers.AutoModelForCausalLM if head == "causal-lm" else transformers.AutoModelForSequenceClassification
-    options = {}
-    if head != "causal-lm":
-        classes = 1 if head == "regression" else 1 + max(_class_of(row) for row in rows)
-        options = {"num_labels": max(classes, 2) if head == "classification" else 1, "ignore_mismatched_sizes": True}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-    model = kind.from_pretrained(checkpoint, local_files_only=True, dtype=torch.float32, **options)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if model.config.get_text_config().pad_token_id is None:
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return tokenizer, model.to(device)
-
-
-def _class_of(row: dict[str, Any]) -> int:
-    label = row["label"]
-    if not isinstance(label, int) or isinstance(label, bool) or label < 0:
-        raise ValueError(f"labels must be class numbers from 0 on, got {label!r}")
-    return label
-
-
-def batches(rows: list[dict[str, Any]], tokenizer, head: str, size: int, max_length: int):
-    """Yield batches in the file's order, padded to their longest text."""
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        pairs = [row.get("text_pair") or "" for row in part]
-        batch = dict(
-            tokenizer(
-                [row["text"] for row in part],
-                pairs if any(pairs) else None,
-                truncation=True,
-                max_length=max_length,
-                padding=True,
-                return_tensors="pt",
-            )
+def _refuse_what_sees_the_future(args: argparse.Namespace) -> None:
+    """A model that sees the token which it is to predict is no language model, unless the user says that it is."""
+    if args.head is None:
+        raise Refused(
+            f'{args.task} must have a "label" in every line, got none: this model sees the tokens that a causal-lm '
+            f"must predict (--head causal-lm takes it for one all the same)"
         )
-        if head == "causal-lm":
-            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        else:
-            labels = torch.tensor([row["label"] for row in part])
-        yield {**batch, "labels": labels}
+    warnings.warn("this model sees the tokens that it is asked to predict", stacklevel=2)
 
 
 def _autocast(loss, device: str):
     def under_autocast(model, batch, **options):
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
             return loss(model, batch, **options)
 
     return under_autocast
-
-
-def _fail(reason: str) -> int:
-    print(f"childtune fisher: {reason}", file=sys.stderr)
-    return 1

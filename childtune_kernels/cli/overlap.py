@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -14,7 +12,9 @@ from pathlib import Path
 from torch import Tensor
 
 from .. import ChildMask, __version__, jaccard_matrix
-from ._text import markdown, output_file
+from . import _plots
+from ._inputs import Results, output_file, refusing, require_apart, require_packages, write_text
+from ._text import Refused, markdown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,28 +29,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print sizes and overlaps and write the files asked for; return 1, with one line of why, where that fails."""
-    if (args.plot or args.density_plot) and importlib.util.find_spec("matplotlib") is None:
-        return _fail("plots need matplotlib: pip install 'childtune_kernels[demo]'")
+    """Print sizes and overlaps and write the files asked for."""
+    if args.plot or args.density_plot:
+        require_packages(["matplotlib"], "'childtune_kernels[demo]'", needs="plots need")
     if len(set(args.masks)) < len(args.masks):
-        return _fail(f"each file must be given once, got {' '.join(map(str, args.masks))}")
-    try:
-        masks = load(args.masks)
-    except (OSError, ValueError) as error:
-        return _fail(str(error))
+        raise Refused(f"each file must be given once, got {' '.join(map(str, args.masks))}")
+    require_apart({"--plot": args.plot, "--density-plot": args.density_plot, "--json": args.json}, args.masks)
+    masks = load(args.masks)
     matrix = jaccard_matrix(list(masks.values()))
     print("\n".join([*sizes(masks), "", *overlaps(matrix, list(masks))]))
     if args.per_tensor:
         print("\n".join(["", *tensors(masks)]))
-    if args.json:
-        args.json.write_text(json.dumps(report(args.masks, masks, matrix, args.per_tensor), indent=1) + "\n")
-    if args.plot or args.density_plot:
-        from . import _plots
-
-        if args.plot:
-            _plots.jaccard_heat_map(matrix, list(masks), args.plot)
-        if args.density_plot:
-            _plots.density_by_layer(masks, args.density_plot)
+    results = Results()
+    numbers = report(args.masks, masks, matrix, args.per_tensor)
+    results.keep(args.json, write_text(json.dumps(numbers, indent=1) + "\n"))
+    results.keep(args.plot, lambda path: _plots.jaccard_heat_map(matrix, list(masks), path))
+    results.keep(args.density_plot, lambda path: _plots.density_by_layer(masks, path))
+    results.close()
     return 0
 
 
@@ -58,17 +53,18 @@ def load(paths: Sequence[Path]) -> dict[str, ChildMask]:
     """Read masks of one model, by their files' names without suffix, or by whole paths where two would be the same.
 
     Raises:
-        OSError, ValueError: naming the file that cannot be read or is of another model than the first.
+        Refused: naming the file that cannot be read or is of another model than the first.
     """
     stems = [path.stem for path in paths]
     labels = stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
     masks: dict[str, ChildMask] = {}
     for label, path in zip(labels, paths, strict=True):
-        masks[label] = ChildMask.load(path)
+        with refusing(path):
+            masks[label] = ChildMask.load(path)
         try:
             masks[labels[0]].check(masks[label])
         except ValueError as error:
-            raise ValueError(f"{path} must be of the same model as {paths[0]}: {error}") from error
+            raise Refused(f"{path} must be of the same model as {paths[0]}: {error}") from error
     return masks
 
 
@@ -126,8 +122,3 @@ def report(paths: Sequence[Path], masks: Mapping[str, ChildMask], matrix: Tensor
         "jaccard": matrix.tolist(),
     }
     return found | ({"per_tensor": per_tensor(masks)} if every_tensor else {})
-
-
-def _fail(message: str) -> int:
-    print(f"childtune overlap: {message}", file=sys.stderr)
-    return 1

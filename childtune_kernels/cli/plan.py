@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 
 from ..memory import Memory, predict
+from ._inputs import model_folder, quiet_transformers, read_text, refusing, require_packages, share
 from ._shapes import SHAPES
-from ._text import markdown
+from ._text import Refused, markdown, size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = ("weights", "gradients", "moments", "companions", "indices", "total")
@@ -21,26 +21,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `childtune plan`."""
     of = parser.add_mutually_exclusive_group(required=True)
     of.add_argument("--model", choices=SHAPES, help="parameter shapes that this package knows")
-    of.add_argument("--config", type=Path, metavar="FOLDER", help="of a Hugging Face config.json")
+    of.add_argument("--config", type=Path, metavar="FOLDER", help="a model's, with its config.json")
     of.add_argument("--shapes", type=Path, metavar="FILE.json", help="an object: parameter name -> list of sizes")
-    parser.add_argument("--p", type=float, default=0.1, help="the child's share, for D (default: 0.1)")
+    parser.add_argument("--p", type=share, default=0.1, help="the child's share, for D")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and gradients")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table; return 1, with one line of why, where that fails."""
-    try:
-        shapes = shapes_of(args)
-        rows = methods(shapes, args.p, DTYPES[args.dtype])
-    except (OSError, ValueError, ImportError) as error:
-        print(f"childtune plan: {error}", file=sys.stderr)
-        return 1
+    """Print the table."""
+    shapes = shapes_of(args)
+    rows = methods(shapes, args.p, DTYPES[args.dtype])
     weights = next(iter(rows.values())).parameters
     print(f"{weights:,} weights in {len(shapes)} tensors, {args.dtype}; bytes a weight, without activations")
-    table = [["", *KINDS, "total, GB"]]
+    table = [["", *KINDS, "in all"]]
     for name, memory in rows.items():
         shares = memory.per_parameter()
-        table.append([name, *(f"{shares[kind]:.2f}" for kind in KINDS), f"{memory.total / 1e9:.1f}"])
+        table.append([name, *(f"{shares[kind]:.2f}" for kind in KINDS), size(memory.total)])
     print("\n".join(markdown(table)))
     return 0
 
@@ -61,25 +57,28 @@ def methods(shapes: dict[str, tuple[int, ...]], p: float, dtype: torch.dtype) ->
 
 
 def shapes_of(args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape, from whichever source was given."""
+    """Return name -> shape, from whichever source was given; none is looked for on the network."""
     if args.model:
         return {str(i): shape for i, shape in enumerate(SHAPES[args.model]())}
     if args.shapes:
-        found = json.loads(args.shapes.read_text())
+        text = read_text(args.shapes)
+        with refusing(args.shapes):
+            found = json.loads(text)
         if not isinstance(found, dict) or not found or not all(map(_is_shape, found.values())):
-            raise ValueError(f"{args.shapes} must hold an object of parameter name -> list of sizes")
+            raise Refused(f"{args.shapes} must hold an object of parameter name -> list of sizes")
         return {name: tuple(shape) for name, shape in found.items()}
-    try:
-        import transformers
-    except ImportError:
-        raise ImportError("--config needs transformers: pip install transformers") from None
-    config = transformers.AutoConfig.from_pretrained(args.config)
-    names = getattr(config, "architectures", None) or ["AutoModel"]
-    build = getattr(transformers, names[0], transformers.AutoModel)
-    with torch.device("meta"):
+    model_folder(args.config, "--config")
+    require_packages(["transformers"], "transformers")
+    quiet_transformers()
+    import transformers
+
+    with refusing(args.config), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(args.config, local_files_only=True, trust_remote_code=False)
+        names = getattr(config, "architectures", None) or ["AutoModel"]
+        build = getattr(transformers, names[0], transformers.AutoModel)
         model = build(config) if build is not transformers.AutoModel else build.from_config(config)
     return {name: tuple(param.shape) for name, param in model.named_parameters()}
 
 
 def _is_shape(value) -> bool:
-    return isinstance(value, list) and all(isinstance(n, int) and n >= 0 for n in value)
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
