@@ -49,6 +49,7 @@ LEFT_OUT = (
     "csrc/registration",
 )
 BAR = 0.95
+LONGEST = 5.0  # seconds of a test that is still run
 UNBUILT = 77  # exit status of a mutant that does not compile
 SHARED = ("conftest.py", "cases.py", "models.py", "oracles.py")  # test modules that several test files import
 
@@ -124,12 +125,12 @@ def record(task: tuple[str, Path], slot: Path) -> int:
     pytest.main(["-q", "-p", "no:cacheprovider", test_file], plugins=[recorder])
     recorder.coverage.stop()
     data = recorder.coverage.get_data()
-    passed = {test: seconds for test, seconds in recorder.seconds.items() if test not in recorder.failed}
+    seconds = {test: s for test, s in recorder.seconds.items() if test not in recorder.failed and s <= LONGEST}
     lines = {
         str(Path(path).relative_to(slot)): {n: set(c) for n, c in data.contexts_by_lineno(path).items()}
         for path in data.measured_files()
     }
-    record_path.write_bytes(pickle.dumps((passed, lines)))
+    record_path.write_bytes(pickle.dumps((seconds, lines)))
     return 0
 
 
@@ -162,7 +163,9 @@ class Tests:
         """Return the tests to run, first one case of each test function, the quickest first, then the second cases."""
         if mutant.path.endswith(".py"):
             own = self.lines[mutant.path]
-            found = set().union(*(own[line] for line in range(mutant.first, mutant.last + 1)))
+            lines = [line for line in range(mutant.first, mutant.last + 1) if line in own]
+            lines = lines or [max((line for line in own if line < mutant.first), default=0)]  # constants have no code
+            found = set().union(*(own.get(line, set()) for line in lines))
             if not found - {""}:  # runs while importing: what runs anything of the file may notice
                 found = set().union(*own.values()) if found else found
         else:

@@ -107,6 +107,8 @@ class _Collector(cst.CSTVisitor):
             return False
         if isinstance(node, cst.Call):
             name = getattr(node.func, "attr", node.func)
+            if getattr(name, "value", None) == "TypeVar":
+                return False
             if getattr(name, "value", None) in _TEXTS:
                 kept = _TEXTS[name.value]
                 if kept is not None and len(node.args) > kept:
