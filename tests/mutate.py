@@ -222,15 +222,18 @@ def lines_of(mutant: Mutant) -> tuple[str, str]:
     return tuple(" ".join(lines) for lines in pick)  # type: ignore[return-value]
 
 
-def known_mutants() -> dict[tuple[str, str, str], str]:
-    """Read mutants.txt: entries of a path, '- ' before, '+ ' after and the reason, a blank line between entries."""
-    entries = {}
-    for entry in KNOWN.read_text(encoding="utf-8").split("\n\n"):
-        path, *rest = [line for line in entry.split("\n") if line and not line.startswith("#")] or [""]
-        if path:
-            before, after = (next(line[2:] for line in rest if line.startswith(sign)) for sign in ("- ", "+ "))
-            entries[path, before, after] = " ".join(line for line in rest if line[:2] not in ("- ", "+ "))
-    return entries
+def key_of(mutant: Mutant) -> tuple[str, str, str]:
+    """Return what mutants.txt knows a mutant by: the path and function, the lines before and after."""
+    before, after = lines_of(mutant)
+    above = (ROOT / mutant.path).read_text(encoding="utf-8").split("\n")[: mutant.first]
+    functions = [line.split("def ")[1].partition("(")[0] for line in above if line.lstrip().startswith("def ")]
+    return f"{mutant.path} in {functions[-1]}" if functions else mutant.path, before, after
+
+
+def known_mutants() -> set[tuple[str, str, str]]:
+    """Read mutants.txt: entries of the place, '- ' before, '+ ' after and the reason, a blank line between entries."""
+    entries = KNOWN.read_text(encoding="utf-8").rstrip("\n").split("\n\n")[1:]
+    return {(place, before[2:], after[2:]) for place, before, after, *reason in map(str.splitlines, entries) if reason}
 
 
 def main() -> int:
@@ -246,7 +249,7 @@ def main() -> int:
     everything = [mutant for path in rooms(args.rooms) for mutant in mutants_of(ROOT, path)]
     sample = random.Random(args.seed).sample(everything, min(args.count, len(everything)))
     known = known_mutants()
-    equivalent = [mutant for mutant in sample if (mutant.path, *lines_of(mutant)) in known]
+    equivalent = [mutant for mutant in sample if key_of(mutant) in known]
     with tempfile.TemporaryDirectory(prefix="mutate-") as scratch:
         original, *slots = [Path(scratch) / str(i) for i in range(args.jobs + 1)]
         for copy in (original, *slots):
@@ -282,7 +285,8 @@ def report(equivalent: list[Mutant], verdicts: dict[str, list[Mutant]]) -> int:
         share = f"{killed / (killed + survived):7.1%}" if killed + survived else f"{'-':>7}"
         print(f"{name:40} {killed + survived:8} {killed:8} {survived:8} {share} {listed:10}")
     for mutant in sorted(verdicts["survived"], key=lambda m: (m.path, m.first)):
-        print("\n{}:{}\n- {}\n+ {}".format(mutant.path, mutant.first, *lines_of(mutant)))
+        place, before, after = key_of(mutant)
+        print(f"\nline {mutant.first}:\n{place}\n- {before}\n+ {after}")
     killed, survived = len(verdicts["killed"]), len(verdicts["survived"])
     return 0 if killed >= BAR * (killed + survived) else 1
 
