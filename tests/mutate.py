@@ -22,7 +22,6 @@ import pickle
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +34,7 @@ os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 import coverage
 import pytest
 from mutators import Mutant, mutants_of
+from setuptools._distutils.core import run_setup
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "mutate"
@@ -192,16 +192,30 @@ class _Chosen:
         signal.alarm(30 + int(10 * self.seconds[item.nodeid]))
 
 
-def build_csrc(slot: Path) -> int:
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force", f"--build-temp={slot}/build"]
-    return subprocess.run(command, env={**os.environ, "CHILDTUNE_BUILD_EXT": "1"}).returncode
+def build_csrc(path: str) -> None:
+    """Build the library that has the file, in the current folder; at -O1, which takes half the time for the same bits.
+
+    Raises:
+        SystemExit: it does not compile.
+    """
+    os.environ["CHILDTUNE_BUILD_EXT"] = "1"
+    distribution = run_setup("setup.py", ["-q", "build_ext", "--inplace", "--force"], stop_after="commandline")
+    libraries = distribution.ext_modules
+    libraries = [x for x in libraries if path in x.sources] or [x for x in libraries if x.name.endswith("_C_cpu")]
+    for library in libraries:
+        library.extra_compile_args = [*library.extra_compile_args, "-O1"]
+    distribution.ext_modules = libraries
+    distribution.run_commands()
 
 
 def attack(tests: Tests, mutant: Mutant, slot: Path) -> int:
     """Put a mutant into a copy of the tree and return pytest's exit status: 0 where no test noticed it."""
     (slot / mutant.path).write_text(mutant.make(), encoding="utf-8")
-    if not mutant.path.endswith(".py") and build_csrc(slot) != 0:
-        return UNBUILT
+    if not mutant.path.endswith(".py"):
+        try:
+            build_csrc(mutant.path)
+        except SystemExit:
+            return UNBUILT
     chosen = tests.of(mutant)
     if not chosen:
         return 0
