@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BUILT_FROM := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test bench gpu lint clean
+.PHONY: demo test mutate bench gpu lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/childtune demo $(ARGS)
@@ -19,6 +19,11 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/test_ops.py tests/test_philox.py tests/test_selection.py tests/test_fisher_linear.py \
 		-k "triton-cpu and not accuracy and not scaling" $(INTERPRETED_ARGS)
+
+# Whether the tests notice faults: a seeded sample of single faults, each against the tests that run its line.
+mutate: $(VENV)/.test
+	$(PIP_INSTALL) --quiet mutmut coverage
+	$(BIN)/python tests/mutate.py $(ARGS)
 
 bench: $(VENV)/.demo
 	$(BIN)/childtune bench $(ARGS)

@@ -212,6 +212,7 @@ class Case:
                 expected = self.packed(i, expected) if golden[0].dtype != torch.float32 else expected
                 assert same_bits(self.companions[i], expected), f"companion {i} {self.specs[i]} at step {self.t}"
             assert self.steps[i].item() == self.t
+        assert self.hyper.tolist() == [list(row) for row in self.rows], "the table was written"
         assert self.guards.intact(), "something outside a tensor was written"
 
 

@@ -43,7 +43,25 @@ def test_by_hand():
     assert predict(large, p=0.1, pack_gradients=True).gradients == 4 * (2 * 10**7 + 10**8) + TOGETHER
     assert predict({"a": (100, 10), "b": (24,)}, fused_backward=True).gradients == 4 * 1000
     assert "1024" not in str(memory) and "total" in str(memory)
-    assert memory.per_parameter()["weights"] == 2
+    kinds = ["weights", "gradients", "moments", "companions", "indices", "mask", "state", "total"]
+    assert list(memory.per_parameter()) == kinds and memory.per_parameter()["weights"] == 2
+    assert memory.per_parameter()["state"] == (16 * child + 16) / 1024
+    assert str(predict({"a": (1_000_000,)})).split("\n")[1::7] == ["weights               4.0        4.000",
+                                                                  "total                16.0       16.000"]  # fmt: skip
+    empty = predict({}, fused_backward=True)
+    assert empty.total == 0 and set(empty.per_parameter().values()) == {0}
+
+
+def test_by_hand_of_named_children():
+    """``a`` has 10 of its 1000 weights in the child, ``b`` all and ``c``, unnamed, too."""
+    shapes = {"a": (100, 10), "b": (24,), "c": (6,)}
+    memory = predict(shapes, p={"a": 10, "b": 24}, weight_dtype=torch.float16, low_precision="kahan")
+    assert (memory.moments, memory.companions, memory.indices, memory.mask) == (8 * 40 + 24, 2 * 40, 4 * 10, 128)
+    memory = predict(shapes, p={"a": 10, "b": 24}, pack_gradients=True)
+    assert memory.gradients == 4 * (40 + 1000) and memory.companions == 0
+    memory = predict(shapes, p={"a": 10}, state="dense", state_dtype=torch.bfloat16, low_precision="nearest")
+    assert (memory.moments, memory.indices, memory.mask) == (4 * 1030 + 24, 0, 125)
+    assert predict(shapes, p=1.0).indices == predict(shapes, weight_dtype=torch.bfloat16).companions == 0
 
 
 def test_a_tenth_of_the_state():

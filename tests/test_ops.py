@@ -191,6 +191,16 @@ def test_bits_of_bernoulli_at_extreme_p(p, place):
         case.check()
 
 
+@pytest.mark.parametrize("shares", [(1.0, 1.0, 0.3), (0.3, 1.0, 1.0), (1.0, 0.3, 1.0)], ids=str)
+@pytest.mark.parametrize("op", ["adamw_bernoulli_", "adamw_compact_"])
+def test_bits_where_f_samples_some_parameters_alone(op, shares, place):
+    case = Case(place.device, shapes=((33,), (7, 5), (65,)), dtypes=(torch.float32,),
+                rows=lambda n: [hyper_row(i, p=shares[i]) for i in range(n)])  # fmt: skip
+    for _ in range(2):
+        case.step(place.kernels, op, case.new_grads())
+        case.check()
+
+
 def test_p_of_one_is_plain_adamw(place):
     plain, bernoulli = Case(place.device), Case(place.device)
     for _ in range(3):

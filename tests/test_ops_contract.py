@@ -120,6 +120,20 @@ def test_updates_advance_version_counters(op, device):
     assert [t._version for t in others] == other_versions
 
 
+@pytest.mark.parametrize("p", [0.0, 2.0, math.nan])
+def test_plain_adamw_has_no_use_for_reserve_p(p, place):
+    """F's column is neither checked nor used where F does not sample, and the table is the caller's."""
+    given, other = arguments(n=2, device=place.device), arguments(n=2, device=place.device)
+    for name in ("params", "grads"):
+        other[name] = snapshot(given[name])
+    given["hyper"][:, ops.HYPER_COLUMNS.index("reserve_p")] = p
+    before = given["hyper"].clone()
+    checks.check_update(*positional("adamw_", given)[:6], {})
+    for own in (given, other):
+        place.kernels.adamw_(*positional("adamw_", own))
+    assert unchanged(given["params"], other["params"]) and unchanged([before], [given["hyper"]])
+
+
 def test_autograd_notices_an_update():
     given = arguments(n=1)
     weight = given["params"][0].requires_grad_()
@@ -250,11 +264,17 @@ BAD = [
 ]  # fmt: skip
 
 
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """Compiled kernels check too: what is refused here is refused before one is chosen."""
+    monkeypatch.setattr(ops, "implementation", lambda *_: pytest.fail("a kernel was asked for"))
+
+
 @pytest.mark.parametrize(
     "op, change, message",
     [pytest.param(op, change, message, id=f"{op}-{name}") for name, over, change, message in BAD for op in over],
 )
-def test_updates_refuse_and_change_nothing(op, change, message):
+def test_updates_refuse_and_change_nothing(op, change, message, no_kernels):
     given = arguments()
     change(given)
     tensors = [t for t in tensors_of(given) if t.device.type == "cpu"]
@@ -328,7 +348,7 @@ SCORES = torch.zeros(4, 6)
         ("overlap_bits", (SCORES.int(), SCORES.int()[1:]), r"b must have a's shape \(4, 6\) and device cpu, got"),
     ],
 )
-def test_other_ops_refuse(op, args, message):
+def test_other_ops_refuse(op, args, message, no_kernels):
     with pytest.raises((RuntimeError, ValueError), match=message):
         getattr(ops, op)(*args)
 

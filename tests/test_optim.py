@@ -227,16 +227,6 @@ def test_a_child_may_be_empty_in_some_parameters(state, place):
 # ---- what a caller can ask ------------------------------------------------------------------------------------------
 
 
-def test_describe_says_what_reaches_the_weights():
-    named = model()
-    text = optimizer(named, "D").describe()
-    total = sum(p.numel() for _, p in named)
-    child = total - sum(child_mask().shape(n).numel() - child_mask().count(n) for n in child_mask())
-    assert f"{total:,}" in text and f"{child:,}" in text and "D: 2 tensors masked, decay='child'" in text
-    assert "F: a fresh 0.3 of the gradient each step, seed 5" in optimizer(model(), "F").describe()
-    assert "every weight" in optimizer(model()).describe()
-
-
 def test_impl_says_what_serves(place):
     assert optimizer(model(place.device), impl=place.impl).impl == place.impl
     assert optimizer(model(place.device)).impl == ops.implementation("auto", place.device).name

@@ -108,7 +108,7 @@ def test_the_threshold_is_exact_everywhere(element, place):
         assert ops.unpack_bits(words, n)[element].item() is kept
         weight, moment, square = (torch.zeros(n, device=device) for _ in range(3))
         hyper = torch.tensor([hyper_row(p=p, beta1=0.0)], dtype=torch.float64)
-        step = torch.zeros((), device=device)
+        step = torch.zeros((), dtype=torch.float64, device=device)
         place.kernels.adamw_bernoulli_(
             [weight], [torch.ones_like(weight)], [moment], [square], [step], hyper, [key], [], [], []
         )

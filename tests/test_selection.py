@@ -117,6 +117,16 @@ def test_tensors_that_are_not_contiguous_or_need_gradients(place):
     assert torch.equal(bits_of(mask, scores), sorted_bits(detached, 0.25))
 
 
+def test_the_named_implementation_counts_and_packs(place):
+    """By default csrc does where it is built, for GPUs too; a named one is never replaced."""
+    scores = {"a": torch.zeros(3, device=place.device)}
+    (part,) = selection._Scores(scores, place.impl).parts
+    assert part[0].name == place.impl
+    (part,) = selection._Scores(scores, "auto").parts
+    built = ops.unavailable("csrc", place.device) is None
+    assert part[0].name == ("csrc" if built else ops.implementation("auto", place.device).name)
+
+
 @pytest.mark.gpu
 def test_scores_on_several_devices():
     generator = torch.Generator().manual_seed(6)
@@ -242,10 +252,11 @@ def test_random_child_per_tensor(place):
     assert mask != other
 
 
-def test_random_child_of_equal_words(monkeypatch):
+@pytest.mark.parametrize("shift", [28, 0], ids=["far-apart", "neighbours"])
+def test_random_child_of_equal_words(shift, monkeypatch):
     """Words of 4 bits only: the last included word is shared by many, and the first of them are taken."""
     words = dict(zip(NAMED, random_words(NAMED, 1).split([math.prod(s) for s in NAMED.values()]), strict=True))
-    coarse = {philox.stream_key(1, name): own >> 28 << 28 for name, own in words.items()}
+    coarse = {philox.stream_key(1, name): own >> 28 << shift for name, own in words.items()}
 
     def bernoulli_bits(numel, key, step, p, domain, offset, device):
         assert (step, domain, offset, numel) == (1, philox.RANDOM_CHILD, 0, len(coarse[key]))

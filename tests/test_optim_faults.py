@@ -1,0 +1,77 @@
+"""Faults that tired hands make in the optimizer: one group taken for all, one dtype for another, the first for any."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import same_bits
+
+from childtune_kernels import ChildAdamW, ChildMask, plan
+
+
+def two_groups(
+    dtype: torch.dtype, shares: tuple[float, float], **kwargs
+) -> tuple[ChildAdamW, list[torch.nn.Parameter]]:
+    """An optimizer of two parameters of ones, each in a group with its own reserve_p."""
+    params = [torch.nn.Parameter(torch.ones(600, dtype=dtype)) for _ in shares]
+    groups = [
+        dict(params=[(f"p{i}", p)], reserve_p=share) for i, (p, share) in enumerate(zip(params, shares, strict=True))
+    ]
+    return ChildAdamW(groups, weight_decay=0.0, **kwargs), params
+
+
+@pytest.mark.parametrize("shares", [(0.5, 1.0), (1.0, 0.5), (0.5, 0.5)])
+def test_one_group_of_f_is_enough_for_stochastic_rounding(shares):
+    """lr is a 64th of the distance to the next bfloat16: to nearest no weight would ever move."""
+    opt, params = two_groups(torch.bfloat16, shares, lr=2.0**-14, impl="reference")
+    assert opt.low_precision == "stochastic"
+    for param in params:
+        param.grad = torch.ones_like(param)
+    opt.step()
+    moved = [int((param != 1).sum()) for param in params]
+    assert all(0 < count < 60 for count in moved), moved  # 600 / 64 are expected, half of that under F
+
+
+def test_without_f_rounding_is_to_nearest_by_default():
+    assert two_groups(torch.bfloat16, (1.0, 1.0))[0].low_precision == "nearest"
+
+
+@pytest.mark.parametrize("shares", [(0.3, 1.0), (1.0, 0.3)])
+@pytest.mark.parametrize("inside_a_child", [False, True], ids=["F", "F-in-D"])
+def test_f_of_one_group_alone(shares, inside_a_child):
+    """Moments of constant gradients are nonzero exactly where `mask_at` says, whichever group samples."""
+    child = ChildMask.from_dense({f"p{i}": torch.arange(600) % (i + 2) == 0 for i in range(2)})
+    opt, params = two_groups(torch.float32, shares, mask=child if inside_a_child else None)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    opt.step()
+    state = opt.dense_state_dict()["state"]
+    for i, share in enumerate(shares):
+        mask = opt.mask_at(1, f"p{i}")
+        assert same_bits(state[i]["exp_avg"] != 0, mask)
+        among = child.to_dense(f"p{i}") if inside_a_child else torch.ones(600, dtype=torch.bool)
+        assert (int(mask.sum()) == int(among.sum())) == (share == 1) and not (mask & ~among).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_norm_of_16_bit_gradients_is_taken_in_fp32(dtype):
+    """sqrt(3) in bfloat16 is 1.734; the norm of 400 gradients of 6e4 does not fit float16."""
+    norm = plan.global_norm([[torch.ones(1, dtype=dtype), torch.ones(2, dtype=dtype)]])
+    assert norm.dtype == torch.float32 and abs(norm.item() - math.sqrt(3)) < 4e-7
+    large = [torch.full((100,), 60000.0).to(dtype)] * 4
+    expected = math.sqrt(sum(float(t.double().square().sum()) for t in large))
+    assert abs(plan.global_norm([large[:1], large[1:]]).item() / expected - 1) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_clipping_of_three_ones_to_a_norm_of_one(dtype):
+    params = [torch.nn.Parameter(torch.zeros(n, dtype=dtype)) for n in (1, 2)]
+    opt = ChildAdamW(params, betas=(0.5, 0.5), max_grad_norm=1.0)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    opt.step()
+    for param in params:
+        moment = opt.state[param]["exp_avg"]
+        assert moment.dtype == torch.float32 and (moment.double() - 0.5 / (math.sqrt(3) + 1e-6)).abs().max() < 2e-7
