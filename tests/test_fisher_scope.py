@@ -179,6 +179,16 @@ def _models() -> dict:
         "bert-pretraining": (t.BertForPreTraining, t.BertConfig(**b), []),
         "bert-nsp": (t.BertForNextSentencePrediction, t.BertConfig(**b), []),
         "bert-tokens": (t.BertForTokenClassification, t.BertConfig(**b), ["classifier"]),
+        "bert-decoder": (
+            t.BertGenerationDecoder,
+            t.BertGenerationConfig(**b, is_decoder=True, tie_word_embeddings=False),
+            [],
+        ),
+        "bert-mine": (
+            type("MyModel", (t.BertForTokenClassification,), {"__module__": "mine"}),
+            t.BertConfig(**b),
+            ["classifier"],
+        ),
         "roberta": (t.RobertaForSequenceClassification, t.RobertaConfig(**b), ["classifier"]),
         "distilbert-mlm": (t.DistilBertForMaskedLM, t.DistilBertConfig(**distil), []),
         "distilbert": (
@@ -208,15 +218,16 @@ def _models() -> dict:
         "whisper-cls": (t.WhisperForAudioClassification, t.WhisperConfig(**whisper), ["classifier", "projector"]),
         "wav2vec2-ctc": (t.Wav2Vec2ForCTC, t.Wav2Vec2Config(**wav, vocab_size=37), ["lm_head"]),
         "vit": (t.ViTForImageClassification, t.ViTConfig(**vit, patch_size=4), ["classifier"]),
+        "dinov3": (t.DINOv3ViTModel, t.DINOv3ViTConfig(**vit, patch_size=4), []),  # its .model is a part
         "clip": (t.CLIPModel, clip, []),
         "clip-cls": (t.CLIPForImageClassification, clip, ["classifier"]),
     }
 
 
 MODELS = (
-    "bert bert-bare bert-mlm bert-mlm-untied bert-pretraining bert-nsp bert-tokens roberta distilbert-mlm distilbert "
-    "electra xlnet llama llama-tied llama-cls llama-qa gpt2 t5 t5-untied t5-bare t5-cls t5-qa bart bart-cls whisper "
-    "whisper-cls wav2vec2-ctc vit clip clip-cls"
+    "bert bert-bare bert-mlm bert-mlm-untied bert-pretraining bert-nsp bert-tokens bert-decoder bert-mine roberta "
+    "distilbert-mlm distilbert electra xlnet llama llama-tied llama-cls llama-qa gpt2 t5 t5-untied t5-bare t5-cls "
+    "t5-qa bart bart-cls whisper whisper-cls wav2vec2-ctc vit dinov3 clip clip-cls"
 ).split()
 
 
@@ -345,6 +356,16 @@ def test_default_scope_of_adapters():
     with pytest.warns(UserWarning, match="no information at all in '.*lora_A.*train a few steps before"):
         mask = estimate_fisher(model, [models.batch("bert", 3, 5)], classification_loss, rule="batch").top(0.5)
     assert len(mask) == 4 and all("lora_" in name for name in mask)
+
+
+def test_default_scope_of_adapters_of_an_unknown_kind():
+    """What PEFT trains fully is told by its name, what else trains is the adapter."""
+    model = models.build("bert").requires_grad_(False)
+    model.bert.pooler.dense = SavedLayer(model.bert.pooler.dense)
+    model.bert.prompt = nn.Parameter(torch.zeros(3, 16))
+    assert outside(Adapted(model)) == {
+        f"base_model.model.bert.pooler.dense.modules_to_save.default.{part}" for part in ("weight", "bias")
+    }
 
 
 @pytest.mark.parametrize("wrapper", ["bare", "compiled", "replica"])

@@ -126,11 +126,13 @@ def _transformers(module: nn.Module) -> list[nn.Module]:
 
 def _fresh_head(model: nn.Module) -> list[Tensor]:
     """Return the parameters of a model of transformers that are outside its base model and made for a task."""
-    kind = type(model).__name__
+    kind, own = type(model).__name__, type(model).__module__.startswith("transformers.")
+    if own and kind.endswith("Model"):  # DINOv3ViTModel and others have a part of the base model's name
+        return []
     if _PRETRAINED_HEAD.search(kind) or _output_embeddings(model) is not None:
         return []
     base = getattr(model, model.base_model_prefix, None) if model.base_model_prefix else None
-    if isinstance(base, nn.Module) and _transformers(base):
+    if isinstance(base, nn.Module):
         parts = [base]
     else:  # T5ForQuestionAnswering and others have an encoder and a decoder, not a base model
         parts = [child for child in model.children() if _transformers(child)] if _TASK_HEAD.search(kind) else []
