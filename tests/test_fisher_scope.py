@@ -462,6 +462,7 @@ def test_tensors_without_information_are_warned_of():
     with pytest.warns(UserWarning, match=r"of these 4 weights 3 are in the child, the first ones"):
         fisher.bottom(0.5)
     quiet(lambda: fisher.top(1.0))
+    quiet(lambda: Fisher({"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([0.0, 1.0])}, 1).top(0.5))
     tiny = Fisher({"a": torch.ones(4).double(), "b": torch.full((4,), 1e-60).double()}, 1)
     with pytest.warns(UserWarning, match="no information at all in 'b'"):  # none in float32, by which is chosen
         tiny.top(0.5)
@@ -676,6 +677,14 @@ def test_a_dataset_is_told_from_batches(items):
         estimate_fisher(model, [[ITEMS["lists"](0), ITEMS["lists"](1)]], classification_loss)
     with pytest.raises(ValueError, match=r"DataLoader.*'labels': 'tensor \[\]'"):
         estimate_fisher(model, [ITEMS["tensors"](0)], classification_loss)
+
+
+def test_numbers_beside_the_tensors_of_a_batch():
+    batches = [data() | {"step": 3, "weight": torch.tensor(1.0)}]
+    assert_same(estimate_fisher(net(), batches, linear_loss), estimate_fisher(net(), [data()], linear_loss).sums)
+    for rule in RULES:
+        with pytest.raises(ValueError, match=r"DataLoader.*got {'x': 'tensor \[\]'}"):
+            estimate_fisher(net(), [{"x": torch.tensor(1.0)}], linear_loss, rule=rule)
 
 
 def test_a_dataset_of_whole_batches_is_welcome():
