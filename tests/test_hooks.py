@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -268,3 +270,120 @@ def test_bad_combinations(options, message):
     named = [(name, nn.Parameter(torch.zeros(shape))) for name, shape in MODEL.items()]
     with pytest.raises(ValueError, match=message):
         ChildAdamW(named, **options)
+
+
+# ---- used up by the step, whoever zeroes what ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["D", "F in D"])
+@pytest.mark.parametrize("parts", [1, 2], ids=["", "accumulated"])
+def test_a_loop_that_zeroes_the_model_only(kind, parts, place):
+    """As Trainer does: the optimizer's own zero_grad is never called."""
+    trained_models = []
+    for options in ({}, {"pack_gradients": True}):
+        model = net(place.device)
+        opt = ChildAdamW(model.named_parameters(), lr=1e-2, impl=place.impl, **KINDS[kind](model), **options)
+        for t in range(4):
+            backward(model, t, parts)
+            opt.step()
+            model.zero_grad()
+        trained_models.append((list(model.named_parameters()), opt))
+    assert same_training(*trained_models[0], *trained_models[1])
+    assert all(hook.grad is None for hook in trained_models[1][1].hooks.hooks.values())
+
+
+def test_a_refused_step_keeps_the_packed_gradients(place):
+    model = net(place.device)
+    opt = ChildAdamW(model.named_parameters(), mask=mask_of(model), pack_gradients=True, impl=place.impl)
+    backward(model, 0)
+    opt.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="lr must be at least 0"):
+        opt.step()
+    assert any(hook.grad is not None for hook in opt.hooks.hooks.values())
+    opt.param_groups[0]["lr"] = 1e-3
+    opt.step()
+    usual = net(place.device)
+    twin = ChildAdamW(usual.named_parameters(), mask=mask_of(usual), impl=place.impl)
+    backward(usual, 0)
+    twin.step()
+    assert same_training(list(model.named_parameters()), opt, list(usual.named_parameters()), twin)
+
+
+@pytest.mark.parametrize("option", ["pack_gradients", "fused_backward"])
+def test_gradients_set_by_hand_instead_of_backward_are_taken(option, place):
+    """torch.distributed.checkpoint makes state exist that way."""
+    named = []
+    for options in ({}, {option: True}):
+        model = net(place.device)
+        opt = ChildAdamW(model.named_parameters(), lr=0.1, mask=mask_of(model), impl=place.impl, **options)
+        for t in range(3):
+            for i, p in enumerate(model.parameters()):
+                generator = torch.Generator().manual_seed(10 * t + i)
+                p.grad = torch.randn(p.shape, generator=generator).to(p.device) if p.requires_grad else None
+            opt.step()
+            opt.zero_grad()
+        named.append((list(model.named_parameters()), opt))
+    assert same_training(*named[0], *named[1])
+
+
+# ---- clipping from outside is told -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["pack_gradients", "fused_backward"])
+def test_who_could_clip_is_told_at_once(option):
+    model = net("cpu")
+    with pytest.warns(UserWarning, match=f"{option}=True .*clip_grad_norm_"):
+        ChildAdamW(model.named_parameters(), mask=mask_of(model), **{option: True})
+    for norm in (math.inf,) if option == "fused_backward" else (math.inf, 1.0):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model = net("cpu")
+            opt = ChildAdamW(model.named_parameters(), mask=mask_of(model), max_grad_norm=norm, **{option: True})
+            backward(model, 0)
+            opt.step()
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1e9], ids=["biting", "not biting"])
+@pytest.mark.parametrize("way", ["clip_grad_norm_", "clip_grad_value_", "by hand"])
+def test_clipping_of_whole_tensors_alone_does_not_pass_for_clipping(way, limit):
+    """Warned once, naming what was clipped, and only where something was."""
+    model = net("cpu")
+    opt = ChildAdamW(model.named_parameters(), mask=mask_of(model), pack_gradients=True, max_grad_norm=1.0)
+    for t in range(3):
+        backward(model, t)
+        if way == "by hand":
+            model.norm.weight.grad = model.norm.weight.grad * limit
+        else:
+            getattr(nn.utils, way)(model.parameters(), limit)
+        with pytest.warns(
+            UserWarning, match="changed between backward.* and step.*'norm.weight'.*packed gradients were"
+        ):
+            opt.step()
+        opt.zero_grad()
+    backward(model, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step()
+
+
+def test_an_infinite_limit_is_no_clipping(place):
+    usual = trained(place, KINDS["D"])
+    other = trained(place, with_option("D", max_grad_norm=math.inf))
+    assert same_training(*usual, *other)
+
+
+def test_steps_in_backward_follow_parameters_to_other_groups(place):
+    both = []
+    for options in ({}, {"fused_backward": True, "max_grad_norm": math.inf}):
+        model = net(place.device)
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        groups = [{"params": named[:2], "lr": 0.1}, {"params": named[2:], "lr": 0.001}]
+        opt = ChildAdamW(groups, impl=place.impl, **options)
+        for t in range(3):
+            backward(model, t)
+            opt.step()
+            opt.zero_grad()
+            if t == 0:
+                opt.param_groups[1]["params"].insert(0, opt.param_groups[0]["params"].pop())
+        both.append((named, opt))
+    assert same_training(*both[0], *both[1])
