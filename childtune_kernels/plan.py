@@ -158,7 +158,8 @@ class _Batch:
         for name, index, param, moment in zip(self.names, self.indices or (), self.params, self.exp_avgs, strict=False):
             shape = checks.check_indices(f"indices of {name!r}", index, param, moment)
             expected = tuple(moment.shape)
-            require(f"indices of {name!r}", shape, shape == expected, f"for moments of {expected}")
+            fit = shape == expected or index.numel() == moment.numel() == 0
+            require(f"indices of {name!r}", shape, fit, f"for moments of {expected}")
         keys = [layout.companion_key(p) for p in self.params]
         self.none = torch.empty(0, dtype=torch.float32, device=self.device)
         self.companion_keys = keys if any(keys) else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -68,8 +69,11 @@ class Exact:
         if self.graph:
             self.captured = Captured(self, first)
         count = 0
-        for batch in stream:
-            count += self.add(batch, self.sums)
+        try:
+            for batch in stream:
+                count += self.add(batch, self.sums)
+        finally:
+            self.captured = None  # a circle: freed at any later time, a graph would break the capture of another
         notes = {name: self.notes.get(name, "no gradient") for name in self.params}
         notes |= {name: _ALONE + why for name, why in self.unruled.items()}
         return self.sums, count, notes
@@ -185,6 +189,7 @@ class Captured:
             self.run()  # compiles and allocates what a capture must not
         torch.cuda.current_stream(device).wait_stream(side)
         if exact.in_order:
+            gc.collect()  # what frees device memory during a capture breaks it
             with torch.cuda.graph(self.graph):
                 self.run()
         self.usable = exact.in_order
