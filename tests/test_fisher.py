@@ -145,22 +145,6 @@ def test_the_model_is_as_it_was(odd):
     assert [p.requires_grad for p in model.parameters()].count(False) == 1
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_changes_nothing(reentrant):
-    model, batches = models.build("bert"), [models.batch("bert", 3, 5)]
-    model.config.hidden_dropout_prob = 0.0
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    for layer in model.bert.encoder.layer:
-        layer.attention.self.dropout_prob = 0.0
-    off = estimate_fisher(model, batches, classification_loss, train_mode=True)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    on = estimate_fisher(model, batches, classification_loss, train_mode=True)
-    assert_same(on, off.sums)
-    assert not alone(on)
-
-
 def test_identity_of_the_batch_rule():
     """E_batch[(mean_j G_j)^2] is E_j[G_j^2] / B and cross terms: with one example a batch, nothing but the first."""
     model, loss = models.build("bert"), classification_loss

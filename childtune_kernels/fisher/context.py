@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -46,7 +48,7 @@ def borrowed(model: nn.Module, training: bool):
     """Lend the model: its modes and buffers are put back."""
     put_back = _copied(model)
     with mode(model, training), torch.enable_grad():
-        with _without_checkpointing():
+        with _without_checkpointing(model):
             try:
                 yield
             finally:
@@ -74,30 +76,73 @@ def _copied(model: nn.Module) -> Callable[[], None]:
     return put_back
 
 
+_ONE_PASS = threading.RLock()  # the replacements are the process's, and come off in the order they went on
+_IN_USE = (
+    "the model saves activations in a way that cannot be left out of estimate_fisher: turn activation "
+    "checkpointing or offloading off for the pass"
+)
+
+
 @contextlib.contextmanager
-def _without_checkpointing():
-    """Let torch.utils.checkpoint call its function and no more: a recomputation happens outside the tape's mode."""
-    before = {name: getattr(checkpointing, name) for name in _DIRECT}
-    for name, replacement in _DIRECT.items():
-        setattr(checkpointing, name, replacement)
+def _without_checkpointing(model: nn.Module):
+    """Let this thread's activation checkpoints call their function and no more.
+
+    A recomputation would use the parameters outside the tape. Checkpoints of every make either keep a recipe in the
+    place of a tensor, by saved-tensor hooks, or are torch's reentrant function: here neither happens. Whatever
+    recomputes all the same is refused: hooks that are set another way, and backward passes that accumulate.
+
+    Raises:
+        RuntimeError: saved-tensor hooks are active around the pass; during it, what is said above.
+    """
+    owner = threading.get_ident()
+    hooks, reentrant = torch.autograd.graph.saved_tensors_hooks, checkpointing.CheckpointFunction
+    enter, leave, apply = hooks.__enter__, hooks.__exit__, reentrant.apply
+
+    def enter_elsewhere(self):
+        return enter(self) if threading.get_ident() != owner else None
+
+    def leave_elsewhere(self, *raised):
+        return leave(self, *raised) if threading.get_ident() != owner else None
+
+    def call(function, preserve_rng_state, *args):
+        elsewhere = threading.get_ident() != owner
+        return apply(function, preserve_rng_state, *args) if elsewhere else function(*args)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_ONE_PASS)
+        stack.enter_context(torch.autograd.graph.disable_saved_tensors_hooks(_IN_USE))
+        stack.enter_context(_replaced(hooks, "__enter__", enter_elsewhere))
+        stack.enter_context(_replaced(hooks, "__exit__", leave_elsewhere))
+        stack.enter_context(_replaced(reentrant, "apply", staticmethod(call)))
+        stack.enter_context(_accumulating_nothing(model))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: type, name: str, value: object):
+    own = vars(owner).get(name)  # None: inherited
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(checkpointing, name, value)
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
 
 
-class _DirectFunction:
-    """Stands for the reentrant kind's autograd function."""
+@contextlib.contextmanager
+def _accumulating_nothing(model: nn.Module):
+    """Raise before anything is added to a parameter's ``.grad``."""
 
-    @staticmethod
-    def apply(function, preserve_rng_state, *args):
-        return function(*args)
+    def refuse(name: str, grads: tuple):
+        raise RuntimeError(f"{name!r} received a gradient from a backward pass inside the loss or the model: {_IN_USE}")
 
-
-def _direct_generator(function, *args, **kwargs):
-    """Stands for the other kind's two steps, before and after the function is called."""
-    yield
-
-
-_DIRECT = {"CheckpointFunction": _DirectFunction, "_checkpoint_without_reentrant_generator": _direct_generator}
+    leaves = {n: p for n, p in model.named_parameters() if p.requires_grad and p.is_leaf}
+    nodes = {n: torch.autograd.graph.get_gradient_edge(p).node for n, p in leaves.items()}  # live while they are held
+    handles = [node.register_prehook(functools.partial(refuse, name)) for name, node in nodes.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
