@@ -1,12 +1,14 @@
 # make demo, make test, ... work from a fresh clone with nothing but Python >= 3.10: they keep a virtual environment in
 # .venv and install again only when something that the installation depends on has changed.
 # ARGS is passed on:  make demo ARGS="--seeds 10 --plot curves.png"      make test ARGS="-k optim"
+# TORCH=2.10.0 takes that torch instead of the pinned one, in a virtual environment of its own, .venv-2.10.0.
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
-VENV := .venv
+VENV := .venv$(addprefix -,$(TORCH))
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CONSTRAINTS := $(if $(TORCH),$(VENV)/)constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 BUILT_FROM := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 
 .PHONY: demo test mutate bench gpu lint clean
@@ -38,12 +40,13 @@ lint: $(VENV)/.torch
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build *.egg-info childtune_kernels/_C_*.so childtune_kernels/_build.txt .pytest_cache .ruff_cache .benchmarks
+	rm -rf .venv .venv-* build *.egg-info childtune_kernels/_C_*.so childtune_kernels/_build.txt .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.torch: constraints.txt
 	@echo "Installing torch into $(VENV): a download of some hundred megabytes ..."
 	@$(PYTHON) -m venv $(VENV)
+	@$(if $(TORCH),sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(CONSTRAINTS))
 	@$(PIP_INSTALL) torch numpy setuptools wheel ninja
 	@touch $@
 
