@@ -25,6 +25,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +35,6 @@ os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 import coverage
 import pytest
 from mutators import Mutant, mutants_of
-from setuptools._distutils.core import run_setup
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "build" / "mutate"
@@ -49,8 +49,8 @@ LEFT_OUT = (
     "csrc/registration",
 )
 BAR = 0.95
-LONGEST = 5.0  # seconds of a test that is still run
-UNBUILT = 77  # exit status of a mutant that does not compile
+LONGEST = 20.0  # seconds of a test that is still run
+UNBUILT, BROKEN = 77, 78  # exit status of a mutant that does not compile, and where this script itself fails
 SHARED = ("conftest.py", "cases.py", "models.py", "oracles.py")  # test modules that several test files import
 
 
@@ -76,6 +76,8 @@ def in_children(tasks: list, run: Callable, slots: list[Path]) -> Iterator[tuple
         with contextlib.suppress(ProcessLookupError):  # what it started goes with it
             os.killpg(pid, signal.SIGKILL)
         task, slot = running.pop(pid)
+        if os.waitstatus_to_exitcode(status) == BROKEN:
+            raise RuntimeError((slot / "log.txt").read_text(encoding="utf-8"))
         free.append(slot)
         yield task, slot, os.waitstatus_to_exitcode(status)
 
@@ -91,9 +93,9 @@ def _child(run: Callable, task, slot: Path) -> int:
     os.dup2(log, 2)
     try:
         return int(run(task, slot))
-    except BaseException as error:
-        print(repr(error), flush=True)
-        return 1
+    except BaseException:
+        traceback.print_exc()
+        return BROKEN
 
 
 class _Recorder:
@@ -169,7 +171,7 @@ class Tests:
             if not found - {""}:  # runs while importing: what runs anything of the file may notice
                 found = set().union(*own.values()) if found else found
         else:
-            found = {test for test in self.seconds if "csrc" in test}
+            found = {test for test in self.seconds if "csrc" in test and "cuda" not in test}
         seen: Counter = Counter()
         order = []
         for test in sorted(found & self.seconds.keys(), key=lambda test: (self.seconds[test], test)):
@@ -198,6 +200,9 @@ def build_csrc(path: str) -> None:
     Raises:
         SystemExit: it does not compile.
     """
+    import setuptools  # noqa: F401, I001  # distutils is its own from here on
+    from distutils.core import run_setup
+
     os.environ["CHILDTUNE_BUILD_EXT"] = "1"
     distribution = run_setup("setup.py", ["-q", "build_ext", "--inplace", "--force"], stop_after="commandline")
     libraries = distribution.ext_modules
@@ -275,6 +280,11 @@ def _verdicts(mutants: list[Mutant], original: Path, slots: list[Path]) -> dict[
     """Run the mutants, each in a slot, a copy of the original tree; return them as killed, survived or unbuilt."""
     verdicts: dict[str, list[Mutant]] = {"killed": [], "survived": [], "unbuilt": []}
     tests = Tests(slots)
+    languages = {mutant.path.endswith(".py"): mutant for mutant in reversed(mutants)}
+    whole = [m._replace(make=(original / m.path).read_text) for m in languages.values()]
+    for mutant, slot, status in in_children(whole, functools.partial(attack, tests), slots):
+        if status != 0:
+            raise RuntimeError(f"{mutant.path} fails without a fault:\n{(slot / 'log.txt').read_text()}")
     start = time.monotonic()
 
     for mutant, slot, status in in_children(mutants, functools.partial(attack, tests), slots):
