@@ -24,7 +24,7 @@ test: $(VENV)/.test
 
 # Whether the tests notice faults: a seeded sample of single faults, each against the tests that run its line.
 mutate: $(VENV)/.test
-	@$(PIP_INSTALL) --quiet mutmut coverage
+	@$(PIP_INSTALL) mutmut coverage
 	$(BIN)/python tests/mutate.py $(ARGS)
 
 bench: $(VENV)/.demo
