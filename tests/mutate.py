@@ -127,7 +127,7 @@ def record(task: tuple[str, Path], slot: Path) -> int:
     pytest.main(["-q", "-p", "no:cacheprovider", test_file], plugins=[recorder])
     recorder.coverage.stop()
     data = recorder.coverage.get_data()
-    seconds = {test: s for test, s in recorder.seconds.items() if test not in recorder.failed and s <= LONGEST}
+    seconds = {test: s for test, s in recorder.seconds.items() if test not in recorder.failed}
     lines = {
         str(Path(path).relative_to(slot)): {n: set(c) for n, c in data.contexts_by_lineno(path).items()}
         for path in data.measured_files()
@@ -156,7 +156,7 @@ class Tests:
         self.lines: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
         for path in paths.values():
             seconds, lines = pickle.loads(path.read_bytes()) if path.exists() else ({}, {})
-            self.seconds.update(seconds)
+            self.seconds.update({test: s for test, s in seconds.items() if s <= LONGEST})
             for source, own in lines.items():
                 for line, tests in own.items():
                     self.lines[source][line] |= tests
@@ -168,8 +168,8 @@ class Tests:
             lines = [line for line in range(mutant.first, mutant.last + 1) if line in own]
             lines = lines or [max((line for line in own if line < mutant.first), default=0)]  # constants have no code
             found = set().union(*(own.get(line, set()) for line in lines))
-            if not found - {""}:  # runs while importing: what runs anything of the file may notice
-                found = set().union(*own.values()) if found else found
+            if "" in found:  # runs while importing: what runs anything of the file may notice
+                found = set().union(*own.values())
         else:
             found = {test for test in self.seconds if "csrc" in test and "cuda" not in test}
         seen: Counter = Counter()
