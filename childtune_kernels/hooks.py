@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .child import check_shape
 from .names import listed
 from .ops import checks
 from .ops.checks import require
@@ -33,6 +34,7 @@ class _Hook:
     def __init__(self, owner: GradientHooks, param: Tensor, name: str):
         self.owner = weakref.ref(owner)
         self.name = name
+        self.shape: torch.Size | None = None  # that the indices for its gradient were made for
         self.nbytes = param.nbytes
         self.waits = False
         self.grad: Tensor | None = None
@@ -122,6 +124,9 @@ class PackedGradients(GradientHooks):
 
     def add(self, named):
         super().add(named)
+        mask = self.optimizer().mask
+        for hook in self.hooks.values():
+            hook.shape = mask.shape(hook.name)
         for param, _, _ in named:
             if param.requires_grad and param not in self.hooks and param not in self.seen:
                 self.seen[param] = (0, 0)
@@ -149,6 +154,8 @@ class PackedGradients(GradientHooks):
 
     def receive(self, hook, param):
         grad = param.grad
+        if grad.shape != hook.shape:  # the indices reach beyond it
+            check_shape(self.optimizer().mask, hook.name, grad)
         if grad.dtype != param.dtype or grad.layout != torch.strided:
             checks.check_gradient(f"parameter {hook.name!r}", grad, param)
         # torch.cuda.current_stream takes several microseconds, as much as all else in here

@@ -96,7 +96,7 @@ def assert_as_accurate(got: Tensor, truth: Tensor, eager: Tensor, what: str = "v
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Bitwise equality, signed zeros included; any NaN equals any NaN, since hardware differs in its payload."""
-    a, b = a.detach().cpu().contiguous(), b.detach().cpu().contiguous()
+    a, b = (x.detach().cpu().resolve_neg().contiguous() for x in (a, b))
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not a.is_floating_point():
