@@ -68,7 +68,7 @@ def thawed(optimizer, reference: Mapping[str, Tensor]) -> dict[str, int]:
         got = "nothing" if other is None else f"{tuple(other.shape)} {other.dtype}"
         require(f"reference of {name!r}", got, got == expected, expected)
         integers = {2: torch.int16, 4: torch.int32}[param.element_size()]
-        bits = [tensor.detach().to(param.device).contiguous().view(integers) for tensor in (param, other)]
+        bits = [tensor.detach().to(param.device).resolve_neg().contiguous().view(integers) for tensor in (param, other)]
         outside = ~optimizer.mask.to_dense(name).to(param.device)
         if count := int(((bits[0] != bits[1]) & outside).sum()):
             differing[name] = count

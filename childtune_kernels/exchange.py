@@ -89,6 +89,8 @@ def without_children(optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     params = [param for param, _, _ in optimizer.named()]
     state = {}
     for index, entry in state_dict["state"].items():
+        if not entry:  # cleared: it starts anew
+            continue
         full = dense(entry, entry.get(CHILD), params[index])
         state[index] = {key: value for key, value in full.items() if key not in (CHILD, *COMPANIONS)}
         state[index]["step"] = torch.as_tensor(entry["step"]).float()

@@ -22,7 +22,7 @@ from .names import named_parameters
 from .ops import checks
 from .ops.checks import require
 from .plan import Plan
-from .state import LOW_PRECISION, StateLayout
+from .state import LOW_PRECISION, STATE, StateLayout
 
 _OWN = ("mask", "layout", "dialect", "decay", "state_dtype", "max_grad_norm", "requested_impl", "requested_state")
 _OWN += ("requested_low_precision", "pack_gradients", "fused_backward", "names", "_step_supports_amp_scaling")
@@ -305,7 +305,11 @@ class ChildAdamW(torch.optim.Optimizer):
                 fresh[param] = self.layout.new(name, param)
                 continue
             whole = self.layout.completed(name, param, entry)
-            if whole.keys() != entry.keys() or whole["step"] is not entry["step"]:
+            if whole.keys() != entry.keys() or any(whole[key] is not entry[key] for key in whole):
+                # before it is kept: a master made of a parameter of another shape would outlive the refusal
+                checks.check_state(
+                    f"state of {name!r}", param, *(whole[k] for k in STATE), self.layout.shape(name, param)
+                )
                 fresh[param] = whole
         if any(p.is_cuda for p in fresh) and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("optimizer state must exist before a CUDA graph is captured: run one step first")

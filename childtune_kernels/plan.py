@@ -140,6 +140,7 @@ class _Batch:
             self.rows = rows
         seeds = [group["seed"] for group in groups]
         if seeds != self.seeds:
+            _check_groups(groups)  # of all groups: a plan inside backward has the seed of one only
             own = zip(self.group_of, self.names, strict=True)
             self.keys = Fixed(philox.stream_key(seeds[g], name) for g, name in own)
             self.seeds = seeds

@@ -13,6 +13,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = ("step", *MOMENTS)
 LOW_PRECISION = ("master", "kahan", "stochastic", "nearest")
 COMPANIONS = ("master", "compensation")  # keys of the state
+SIXTEEN_BIT = {torch.bfloat16, torch.float16}
 
 
 class StateLayout:
@@ -47,9 +48,14 @@ class StateLayout:
         return self.accompanied(name, param, entry)
 
     def accompanied(self, name: str, param: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
-        """Return an entry with the companion that the parameter has, and with no other."""
+        """Return an entry with the companion that the parameter has, and with no other.
+
+        A compensation of another dtype is of weights that have been cast since: it starts anew.
+        """
         key = self.companion_key(param)
         entry = {k: v for k, v in entry.items() if k not in COMPANIONS or k == key}
+        if key == "compensation" and key in entry and {entry[key].dtype, param.dtype} == SIXTEEN_BIT:
+            del entry[key]
         if key == "compensation" and key not in entry:
             entry[key] = torch.zeros(self.shape(name, param), dtype=param.dtype, device=param.device)
         elif key == "master" and key not in entry:

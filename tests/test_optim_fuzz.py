@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import shadow
 import torch
-from cases import KINDS, MODEL, Guards, snapshot, state_of, unchanged
+from cases import KINDS, MODEL, Guards, state_of, unchanged
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -62,7 +62,7 @@ BAD = {
     "seed": st.sampled_from([-1, 2**64, 0.5]),
 }
 REFUSALS = (RuntimeError, ValueError, TypeError)
-COUNTS = (254, 2**24 - 1, 2**24, 2**31 - 1, 2**32 - 50)
+COUNTS = (254, 2**24 - 1, 2**24, 2**31 - 1, 2**32 - 2000)
 LAYOUTS = {
     "plain": lambda x: x,
     "misaligned": lambda x: Guards().place(x, 3),
@@ -127,6 +127,7 @@ class Histories(RuleBasedStateMachine):
     def begin(self, plan):
         self.plan, self.options, self.way = plan, plan["options"], plan["way"]
         self.steps = self.added = 0
+        self.lost: list[Tensor] = []  # memory that was the state's, and may be anybody's by now
         names = list(MODEL) if plan["named"] else [str(i) for i in range(len(MODEL))]
         shapes = dict(zip(names, MODEL.values(), strict=True))
         self.groups = [(dict(hyper), names[i :: len(plan["hypers"])]) for i, hyper in enumerate(plan["hypers"])]
@@ -206,7 +207,10 @@ class Histories(RuleBasedStateMachine):
             for what in ("w", "m", "v"):
                 assert same_bits(getattr(got, what), getattr(held, what)), f"{what} of {name} changed"
             assert got.t == held.t, f"step of {name}: {got.t} instead of {held.t}"
-            assert same_bits(got.standing(), held.standing()), f"companion of {name} changed"
+            child = self._child(name)  # outside, there is no companion
+            assert same_bits(got.standing()[child], held.standing()[child]), f"companion of {name} changed"
+            held.companion = got.companion  # it may have been made, of the same weights
+        assert all((old == 7).all() for old in self.lost), "memory was written that is no longer the optimizer's"
         first, last = self.twins[0], self.twins[-1]
         assert unchanged(first.params.values(), last.params.values())
         states = [[(k, *t.shape) for e in twin.opt.state.values() for k, t in e.items()] for twin in (first, last)]
@@ -516,15 +520,15 @@ class Histories(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(list(DTYPES)), then=st.booleans())
     def cast(self, name, then):
-        dtypes = dict(zip(self.held, DTYPES[name] * len(self.held), strict=False))
-        for name, held in self.held.items():
-            if held.companion is not None and held.companion.dtype not in (torch.float32, dtypes[name]):
-                dtypes[name] = torch.float32  # a compensation in another 16-bit dtype is refused
-            stays = torch.float32 not in (dtypes[name], held.w.dtype)
-            self.held[name] = replace(held, w=held.w.to(dtypes[name]), companion=held.companion if stays else None)
+        dtypes = DTYPES[name]
+        for i, (name, held) in enumerate(self.held.items()):
+            dtype, companion = dtypes[i % len(dtypes)], held.companion
+            sixteen = torch.float32 not in (dtype, held.w.dtype)
+            stays = sixteen and companion is not None and companion.dtype in (torch.float32, dtype)
+            self.held[name] = replace(held, w=held.w.to(dtype), companion=companion if stays else None)
             for twin in self.twins:
-                twin.params[name].data = twin.params[name].data.to(dtypes[name])
-        self._plain_step(then)
+                twin.params[name].data = twin.params[name].data.to(dtype)
+        self._plain_step(then or torch.float32 in dtypes)  # the companions of fp32 weights go with a step
 
     @rule(pick=picks, layout=st.sampled_from(list(LAYOUTS)), other=st.booleans(), then=st.booleans())
     def replace_weights(self, pick, layout, other, then):
@@ -548,9 +552,9 @@ class Histories(RuleBasedStateMachine):
                 if way == "replaced":
                     entry[own] = moved
                 else:
-                    old, kept = entry[own].data, entry[own].clone()
+                    self.lost.append(entry[own].data.view_as(entry[own]))
                     entry[own].data = moved
-                    old.fill_(7)  # it may be anybody's by now
+                    self.lost[-1].fill_(7)
         self._plain_step(then)
 
     @rule(pick=picks, deleted=st.booleans(), then=st.booleans())
@@ -569,10 +573,8 @@ class Histories(RuleBasedStateMachine):
         as_torch = as_torch and int(np.float32(count)) == count
         for twin in self.twins:
             if entry := twin.entry(name):
-                if as_torch:
-                    entry["step"] = torch.tensor(float(count))
-                else:
-                    entry["step"].fill_(count)
+                dtype = torch.float32 if as_torch else torch.float64
+                entry["step"] = torch.tensor(count, dtype=dtype, device=self.place.device)
                 self.held[name] = replace(self.held[name], t=count)
         self._plain_step(then)
 
