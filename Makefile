@@ -11,7 +11,7 @@ CONSTRAINTS := $(if $(TORCH),$(VENV)/)constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 BUILT_FROM := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test mutate bench gpu lint clean
+.PHONY: demo test fuzz mutate bench gpu lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/childtune demo $(ARGS)
@@ -20,7 +20,12 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/test_ops.py tests/test_philox.py tests/test_selection.py tests/test_fisher_linear.py \
+		tests/test_optim_fuzz.py \
 		-k "triton-cpu and not accuracy and not scaling" $(INTERPRETED_ARGS)
+
+# Longer and new random histories of the optimizer, which make test takes a fixed set of.
+fuzz: $(VENV)/.test
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n 2 tests/test_optim_fuzz.py $(ARGS)
 
 # Whether the tests notice faults: a seeded sample of single faults, each against the tests that run its line.
 mutate: $(VENV)/.test
