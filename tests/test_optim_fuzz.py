@@ -268,10 +268,10 @@ class Histories(RuleBasedStateMachine):
                 if hyper["reserve_p"] < 1:
                     step = min(before.t + 1, 2**32 - 1)
                     keep = shadow.keep_bits(name, hyper["seed"], step, hyper["reserve_p"], child.shape)
+                stochastic = self._mode() == "stochastic" and after.w.dtype != torch.float32
                 shadow.check_step(
                     name, before, after, grads[name], hyper, keep=keep, child=child, decay=self.options["decay"],
-                    dialect=self.options["dialect"], stochastic=self._mode() == "stochastic" and after.w.dtype != torch.float32,
-                    **clipping,
+                    dialect=self.options["dialect"], stochastic=stochastic, **clipping,
                 )  # fmt: skip
                 for twin in self.twins:
                     assert torch.equal(twin.opt.mask_at(before.t + 1, name).cpu(), keep & child)
@@ -508,8 +508,9 @@ class Histories(RuleBasedStateMachine):
 
     def _through_torch(self, twin: Twin) -> dict:
         """The state after torch's AdamW has had it: moments in the weights' dtype, counters in fp32, no companions."""
-        adam = torch.optim.AdamW([{"params": [(n, twin.params[n]) if self.plan["named"] else twin.params[n] for n in names]}
-                                  for _, names in self.groups])  # fmt: skip
+        named = self.plan["named"]
+        groups = [[(n, twin.params[n]) if named else twin.params[n] for n in names] for _, names in self.groups]
+        adam = torch.optim.AdamW([{"params": params} for params in groups])
         adam.load_state_dict(twin.opt.dense_state_dict())
         if twin is self.twins[0]:
             for name, held in self.held.items():
