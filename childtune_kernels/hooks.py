@@ -116,7 +116,9 @@ class PackedGradients(GradientHooks):
         self.waiting: list[tuple[_Hook, Tensor]] = []
         self.waiting_bytes = 0
         self.stream = None  # that the waiting gradients were made on
-        self.seen: dict[Tensor, tuple[int, int]] = {}  # gradients that stay in p.grad, as backward left them
+        self.seen: dict[
+            Tensor, tuple[int, int, Tensor] | None
+        ] = {}  # gradients that stay in p.grad, as backward left them
         super().__init__(optimizer)
 
     def wants(self, param, name):
@@ -129,7 +131,7 @@ class PackedGradients(GradientHooks):
             hook.shape = mask.shape(hook.name)
         for param, _, _ in named:
             if param.requires_grad and param not in self.hooks and param not in self.seen:
-                self.seen[param] = (0, 0)
+                self.seen[param] = None
                 self.handles.append(param.register_post_accumulate_grad_hook(partial(_see, weakref.ref(self))))
 
     def finish(self):
@@ -141,9 +143,13 @@ class PackedGradients(GradientHooks):
         return hook.waits or hook.grad is not None
 
     def _tell_of_changes(self) -> None:
-        """Warn where gradients in p.grad were changed after backward: whoever clips these misses the packed ones."""
-        changed = {p for p, seen in self.seen.items() if any(seen) and p.grad is not None and _mark(p.grad) != seen}
-        self.seen = dict.fromkeys(self.seen, (0, 0))
+        """Warn where gradients in p.grad were changed after backward: whoever clips these misses the packed ones.
+
+        A trainer that only asks for their norm multiplies them by 1: that is no change, and the device is waited for
+        to know it.
+        """
+        changed = {p for p, seen in self.seen.items() if seen and p.grad is not None and _is_changed(p.grad, *seen)}
+        self.seen = dict.fromkeys(self.seen)
         if changed:
             names = [name for p, name, _ in self.optimizer().named() if p in changed]
             warnings.warn(
@@ -249,12 +255,17 @@ class StepInBackward(GradientHooks):
 def _see(owner: weakref.ref, param: Tensor) -> None:
     """Remember the gradient that backward has left in p.grad."""
     if (hooks := owner()) is not None:
-        hooks.seen[param] = _mark(param.grad)
+        hooks.seen[param] = (id(param.grad), param.grad._version, _sample(param.grad))
 
 
-def _mark(grad: Tensor) -> tuple[int, int]:
-    """Return what another tensor in its place, or a write into it, changes."""
-    return id(grad), grad._version
+def _is_changed(grad: Tensor, identity: int, version: int, sample: Tensor) -> bool:
+    return (id(grad), grad._version) != (identity, version) and not torch.equal(_sample(grad), sample)
+
+
+def _sample(grad: Tensor) -> Tensor:
+    """Return a copy of some of a gradient's elements, at most 64, from all over it."""
+    flat = grad.detach().reshape(-1)
+    return flat[:: max(1, -(-flat.numel() // 64))].clone()
 
 
 def _empty(indices: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
