@@ -39,7 +39,7 @@ from childtune_kernels import ChildAdamW, ChildMask
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "fuzz"
 #         histories, steps: of each implementation beside the reference, or of that alone
-LENGTHS = {"csrc": (160, 20), "reference": (10, 20), "triton": (3, 5)}
+LENGTHS = {"csrc": (160, 20), "reference": (10, 20), "triton": (12, 8)}
 LONG_LENGTHS = {"csrc": (3000, 30), "reference": (20, 30), "triton": (30, 8)}
 DTYPES = {"fp32": (torch.float32,), "bf16": (torch.bfloat16,), "fp16": (torch.float16,)}
 DTYPES["mixed"] = (torch.bfloat16, torch.float32, torch.float16)
