@@ -128,6 +128,24 @@ def test_what_no_longer_fits_is_refused_before_anything_changes(kind, change, pl
     assert unchanged(before, others + [t for p in others for t in opt.state[p].values()])
 
 
+@pytest.mark.parametrize("strides", [(0, 1), (1, 0), (1, 1), (1, 2)])
+def test_elements_that_share_a_place_are_refused(strides, place, reader):
+    """... before other parameters have moved: torch refuses only to write them back."""
+    data = torch.zeros(64, device=place.device)
+    with pytest.raises(RuntimeError, match="must have a place for every element"):
+        ChildAdamW([("w", torch.nn.Parameter(data.as_strided((3, 4), strides)))], impl=place.impl)
+    named = model(place.device)
+    opt = optimizer(named, impl=place.impl)
+    train(opt, named, [1])
+    param = dict(named)["head.weight"]
+    param.data = torch.zeros(6000, device=place.device).as_strided(param.shape, strides)
+    set_grads(named, 2)
+    before = weights_of(named) + snapshot(state_of(opt))
+    with pytest.raises(RuntimeError, match="'head.weight' must have a place for every element"):
+        opt.step()
+    assert unchanged(before, weights_of(named) + state_of(opt))
+
+
 def test_growing_in_place_is_refused(place, reader):
     big = torch.zeros(4096, device=place.device)
     param = torch.nn.Parameter(big[:1024])

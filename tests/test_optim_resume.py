@@ -252,6 +252,8 @@ def test_late_states_are_exchanged_with_torch(step):
     forth.load_state_dict(copy.deepcopy(ours.state_dict()))
     for opt in (back, forth):
         assert {entry["step"].item() for entry in opt.state.values()} == {step}
+    dense = ours.dense_state_dict()["state"]  # as torch has it, to the last bit
+    assert {entry["step"].dtype for entry in dense.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("step", [-1.0, 0.5, math.nan, math.inf, 2.0**32], ids=str)

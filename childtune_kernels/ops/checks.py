@@ -38,6 +38,7 @@ def check_parameter(label: str, param: Tensor) -> None:
 
     Raises:
         TypeError: its dtype is not float32, bfloat16 or float16, or it is a DTensor or a shard of FSDP1.
+        RuntimeError: several of its elements lie in one place, as those of an expanded tensor.
     """
     if param.dtype not in WEIGHT_DTYPES:
         raise TypeError(f"{label} must have dtype float32, bfloat16 or float16, got {param.dtype}")
@@ -48,6 +49,11 @@ def check_parameter(label: str, param: Tensor) -> None:
             f"{label} must be an ordinary tensor, got a shard of FullyShardedDataParallel, where masks would begin at "
             "element 0 on every rank: sharded parameters are not supported yet"
         )
+    span = 0  # of the dimensions with smaller strides
+    for stride, size in sorted(zip(param.stride(), param.shape, strict=True)) if param.numel() else ():
+        if size > 1 and stride <= span:
+            raise RuntimeError(f"{label} must have a place for every element, got strides {param.stride()}")
+        span += stride * (size - 1)
 
 
 def check_update(
