@@ -9,6 +9,7 @@ import torch
 from cases import same_bits
 
 from childtune_kernels import ChildAdamW, ChildMask, plan
+from childtune_kernels.child import Packing
 
 
 def two_groups(
@@ -75,3 +76,25 @@ def test_clipping_of_three_ones_to_a_norm_of_one(dtype):
     for param in params:
         moment = opt.state[param]["exp_avg"]
         assert moment.dtype == torch.float32 and (moment.double() - 0.5 / (math.sqrt(3) + 1e-6)).abs().max() < 2e-7
+
+
+def test_packed_state_serves_what_int32_can_index():
+    """A stand-in for a mask: a real one of 2**31 elements takes 256 MB."""
+
+    class Shape:
+        def __init__(self, numel):
+            self.numel = lambda: numel
+
+    class Mask:
+        def __init__(self, numel):
+            self.shape = lambda name: Shape(numel)
+
+        def to(self, device):
+            return self
+
+        def __iter__(self):
+            return iter(["w"])
+
+    Packing(Mask(2**31 - 1))
+    with pytest.raises(ValueError, match=r"mask of 'w' must be below 2\*\*31 elements in packed state, got"):
+        Packing(Mask(2**31))
