@@ -394,3 +394,15 @@ def test_steps_in_backward_follow_parameters_to_other_groups(place):
                 opt.param_groups[1]["params"].insert(0, opt.param_groups[0]["params"].pop())
         both.append((named, opt))
     assert same_training(*both[0], *both[1])
+
+
+@pytest.mark.parametrize("option", ["pack_gradients", "fused_backward"])
+def test_sparse_gradients_are_refused_where_they_come_up(option):
+    table = nn.Embedding(9, 4, sparse=True)
+    mask = ChildMask.from_dense({"weight": torch.eye(9, 4).bool()})
+    opt = ChildAdamW(table.named_parameters(), mask=mask, max_grad_norm=math.inf, **{option: True})
+    before = table.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="gradient of parameter 'weight' must be dense, got layout torch.sparse_coo"):
+        table(torch.tensor([1, 2])).sum().backward()
+        opt.step()
+    assert torch.equal(table.weight, before) and not opt.state
