@@ -46,6 +46,21 @@ def test_a_checkpoint_goes_between_wrapped_and_bare(pattern):
     assert torch.equal(fresh.mask_at(3, "head.weight"), opt.mask_at(3, "head.weight"))
 
 
+def test_an_optimizer_without_names_takes_those_of_a_state():
+    """... as torch does with `param_names`; F's masks are then those of the run that goes on."""
+    named, bare = model(), [p for _, p in model()]
+    opt, resumed = optimizer(named, "F"), optimizer(bare, "F")
+    train(opt, named, [1, 2])
+    train(resumed, list(enumerate(bare)), [7])
+    for (_, param), other in zip(named, bare, strict=True):
+        other.data.copy_(param.data)
+    resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert [name for _, name, _ in resumed.named()] == [name for name, _ in named]
+    train(opt, named, [3, 4])
+    train(resumed, list(enumerate(bare)), [3, 4])
+    assert unchanged(weights_of(named), bare)
+
+
 def test_a_compiled_model_really_compiled():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
