@@ -133,8 +133,8 @@ class ChildAdamW(torch.optim.Optimizer):
         alone = not fused_backward or (not pack_gradients and not self.clips)
         require("fused_backward", fused_backward, alone, "False where pack_gradients or max_grad_norm is given")
         self.pack_gradients, self.fused_backward = pack_gradients, fused_backward
-        # Whether GradScaler leaves unscaling and the overflow decision to step(). Trainers that clip gradients themselves
-        # refuse an optimizer that says so: it does where clipping is settled here, and where gradients are out of reach.
+        # Whether GradScaler leaves unscaling and the overflow decision to step(). Trainers that clip gradients refuse
+        # an optimizer that says so: it does where clipping is settled here, and where gradients are out of reach.
         self._step_supports_amp_scaling = max_grad_norm is not None or pack_gradients or fused_backward
         self.hooks: GradientHooks | None = None
         self.names = ParameterNames()
