@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from cases import same_bits
+from torch import nn
 
-from childtune_kernels import ChildAdamW, ChildMask, plan
+from childtune_kernels import ChildAdamW, ChildMask, hooks, plan
 from childtune_kernels.child import Packing
 
 
@@ -98,3 +100,51 @@ def test_packed_state_serves_what_int32_can_index():
     Packing(Mask(2**31 - 1))
     with pytest.raises(ValueError, match=r"mask of 'w' must be below 2\*\*31 elements in packed state, got"):
         Packing(Mask(2**31))
+
+
+@pytest.mark.parametrize("low", ["master", "kahan"])
+def test_what_lies_beside_a_transposed_weight_is_row_major(low, place):
+    """Its own memory format would put masters, and moments loaded from torch, in another order than the kernels'."""
+    trained = []
+    for transposed in (True, False):
+        data = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(place.device, torch.bfloat16)
+        param = nn.Parameter(data.t().contiguous().t() if transposed else data)
+        opt = ChildAdamW([("w", param)], lr=0.1, low_precision=low, impl=place.impl)
+        adam = torch.optim.AdamW([param], lr=0.1, foreach=False)
+        for t, o in enumerate((opt, adam)):
+            grad = torch.randn(5, 7, generator=torch.Generator().manual_seed(t)).to(place.device, torch.bfloat16)
+            param.grad = grad.t().contiguous().t() if transposed else grad
+            o.step()
+            if o is adam:
+                assert adam.state[param]["exp_avg"].is_contiguous() != transposed
+                opt.load_state_dict(adam.state_dict())
+                opt.step()
+        trained.append([param.detach().contiguous(), *(x.contiguous() for x in opt.state[param].values())])
+        assert all(x.is_contiguous() for x in opt.state[param].values())
+    assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
+
+
+def test_frozen_weights_of_a_tied_parameter_under_its_second_name():
+    net = nn.ModuleDict({"embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+    net["head"].weight = net["embed"].weight
+    pretrained = copy.deepcopy(net)
+    weight = net["head"].weight
+    opt = ChildAdamW([("head.weight", weight)], mask=ChildMask.from_dense({"head.weight": torch.eye(6, 4).bool()}))
+    weight.grad = torch.ones(6, 4)
+    opt.step()
+    opt.assert_frozen(pretrained)
+    with torch.no_grad():
+        weight[0, 1] += 1
+    with pytest.raises(AssertionError, match=r"these many differ: \{'head.weight': 1\}"):
+        opt.assert_frozen(pretrained)
+
+
+def test_gradients_wait_until_enough_are_together(monkeypatch):
+    """... and no longer: what waits is memory."""
+    monkeypatch.setattr(hooks, "TOGETHER", 4 * 8 * 8 + 1)
+    net = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(3)))
+    mask = ChildMask.from_dense({name: torch.eye(8).bool() for name, _ in net.named_parameters()})
+    opt = ChildAdamW(net.named_parameters(), mask=mask, pack_gradients=True, max_grad_norm=math.inf)
+    net(torch.ones(2, 8)).sum().backward()
+    assert len(opt.hooks.waiting) == 1 and opt.hooks.waiting_bytes == 4 * 8 * 8  # of three, two went together
+    assert sum(hook.grad is not None for hook in opt.hooks.hooks.values()) == 2
