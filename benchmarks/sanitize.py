@@ -5,6 +5,7 @@ Without torch's caching allocator each tensor is an allocation of its own, so an
 
 from __future__ import annotations
 
+import math
 import os
 
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
@@ -18,19 +19,28 @@ SIZES = [(0,), (1,), (31,), (33,), (511,), (1025,), (65, 67)]
 
 
 def step(impl: str, dtype: torch.dtype, misaligned: int, **options) -> None:
-    """Two optimizer steps, with gradients that are views at an odd offset where asked."""
+    """Two optimizer steps, all moved in between, with gradients that are views at an odd offset where asked."""
     params = [torch.nn.Parameter(torch.randn(s, device="cuda").to(dtype)) for s in SIZES]
-    for p in params:
-        buffer = torch.randn(p.numel() + misaligned, device="cuda").to(dtype)
-        p.grad = buffer[misaligned:].view(p.shape)
     if options.pop("masked", False):
         options["mask"] = random_masks(params, 0.3)
     optimizer = ChildAdamW(params, impl=impl, **options)
-    for p in params if optimizer.pack_gradients else []:
-        if p in optimizer.hooks.hooks:
-            optimizer.hooks.hooks[p](p)
     for _ in range(2):
+        for p in params:
+            buffer = torch.randn(p.numel() + misaligned, device="cuda").to(dtype)
+            p.grad = buffer[misaligned:].view(p.shape)
         optimizer.step()
+        offload(optimizer, params)
+
+
+def offload(optimizer: ChildAdamW, params: list[torch.nn.Parameter]) -> None:
+    """Move weights and state to the CPU and back behind their tensors: what lay at their addresses is freed then."""
+    tensors = [*params, *(tensor for entry in optimizer.state.values() for tensor in entry.values())]
+    for tensor in tensors:
+        tensor.data = tensor.data.cpu()
+    taken = [torch.empty_like(tensor, device="cuda") for tensor in tensors]
+    for tensor in reversed(tensors):
+        tensor.data = tensor.data.cuda()
+    del taken
 
 
 def bits(impl: str) -> None:
@@ -70,7 +80,7 @@ if __name__ == "__main__":
                 step(impl, dtype, misaligned, reserve_p=0.3)
                 step(impl, dtype, misaligned, masked=True)
                 step(impl, dtype, misaligned, masked=True, reserve_p=0.3)
-                step(impl, dtype, misaligned, masked=True, pack_gradients=True)
+                step(impl, dtype, misaligned, masked=True, pack_gradients=True, max_grad_norm=math.inf)
                 step(impl, dtype, misaligned, masked=True, state="dense")
                 for low in ("master", "kahan", "stochastic"):
                     step(impl, dtype, misaligned, reserve_p=0.3, low_precision=low)
