@@ -69,7 +69,8 @@ def _dropped_keyword(node: cst.Call) -> Iterator[cst.CSTNode]:
 
 def _swapped_arguments(node: cst.Call) -> Iterator[cst.CSTNode]:
     for i, (a, b) in enumerate(zip(node.args, node.args[1:], strict=False)):
-        if not (a.keyword or a.star or b.keyword or b.star or getattr(node.func, "value", None) in ("min", "max")):
+        ordered = getattr(node.func, "value", None) not in ("min", "max") and not a.value.deep_equals(b.value)
+        if ordered and not (a.keyword or a.star or b.keyword or b.star):
             pair = a.with_changes(value=b.value), b.with_changes(value=a.value)
             yield node.with_changes(args=[*node.args[:i], *pair, *node.args[i + 2 :]])
 

@@ -480,6 +480,20 @@ def test_a_new_name_of_an_old_tensor():
     assert equal(unchanged, same)
 
 
+def test_ties_of_what_did_not_change():
+    base, tuned = tied()
+    tuned["embed.weight"].copy_(base["embed.weight"])
+    delta = ChildDelta.from_models(base, tuned)
+    assert delta.aliases == {"head.weight": "embed.weight"} and "embed.weight" not in delta.values | delta.dense
+    target = copied(base)
+    delta.apply_(target)
+    assert equal(target, tuned)
+    target["head.weight"] += 1  # of which this says nothing
+    expected = {**copied(base), "head.weight": target["head.weight"].clone()}
+    delta.revert_(target, base)
+    assert equal(target, expected)
+
+
 def test_tensors_that_share_memory_must_become_the_same():
     base = {"a": torch.arange(40.0), "b": torch.arange(40.0)}
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from childtune_kernels.fisher import Fisher, classification_loss, estimate_fisher, regression_loss
 from childtune_kernels.fisher.batches import take
+from childtune_kernels.fisher.exact import Captured
 
 EXACT = 1e-12  # float64 sums of a few thousand terms
 FLOOR = 1e-24  # of gradients that are 0 but for rounding: attention does not change with a key's bias
@@ -171,6 +172,14 @@ def test_released_rule_clips_each_tensor():
     assert_same(large, estimate_fisher(model, batches, classification_loss, rule="batch").sums)
     dropped = estimate_fisher(model, batches, classification_loss, rule="released", max_grad_norm=1e9)
     assert any(not torch.allclose(dropped.sums[n], large.sums[n]) for n in large)
+
+
+@pytest.mark.parametrize("rule", ["batch", "released"])
+def test_batch_rules_know_what_has_no_gradient(odd, rule):
+    model, batches = odd
+    notes = estimate_fisher(model, batches, odd_loss, rule=rule).notes
+    assert notes == {name: "squared batch gradient" for name in notes} | {"unused": "no gradient"}
+    assert list(estimate_fisher(model, batches, odd_loss, rule=rule, include=["head.bias"])) == ["head.bias"]
 
 
 def test_scaling_the_loss_scales_the_information():
@@ -384,7 +393,8 @@ def test_captured_pass_adds_what_the_eager_one_does():
         estimate_fisher(model, weights, weighted, graph=True)
 
 
-def test_an_option_without_a_rule_leaves_the_parameter_to_single_examples():
+@pytest.mark.parametrize("check", [True, False])
+def test_an_option_without_a_rule_leaves_the_parameter_to_single_examples(check):
     class Shifted(nn.Module):
         def __init__(self):
             super().__init__()
@@ -394,6 +404,35 @@ def test_an_option_without_a_rule_leaves_the_parameter_to_single_examples():
             return torch.add(x, self.shift, alpha=2).square().sum(1)
 
     x = torch.arange(6.0, dtype=torch.float64).view(2, 3)
-    fisher = estimate_fisher(Shifted(), [x], lambda model, batch: model(batch))
+    fisher = estimate_fisher(Shifted(), [x], lambda model, batch: model(batch), check=check)
     torch.testing.assert_close(fisher.sums["shift"].double(), (4 * x).square().sum(0))  # d/ds (x + 2 s)**2 = 4 x
     assert "shift" in alone(fisher)
+
+
+def test_einsum_with_a_list_of_operands():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.turned = (nn.Parameter(torch.randn(3, 4, dtype=torch.float64)) for _ in range(2))
+
+        def forward(self, x):
+            return torch.einsum("bd,dh->bh", [x, self.weight]) @ torch.einsum("dh->hd", [self.turned])
+
+    def loss(model, batch):
+        return model(batch["x"]).square().sum(1)
+
+    model, batch = Listed(), {"x": torch.randn(3, 3, dtype=torch.float64), "labels": torch.zeros(3)}
+    fisher = estimate_fisher(model, [batch], loss)
+    assert_same(fisher, one_by_one(model, [batch], loss))
+    assert fisher.notes["weight"] == "product" and alone(fisher) == {"turned"}
+
+
+def test_a_capture_is_for_batches_of_its_shapes_and_dtypes():
+    """Without a GPU: what a captured pass would replay, and what it leaves to an ordinary one."""
+    captured, batch = object.__new__(Captured), {"x": torch.zeros(3, 4), "labels": torch.zeros(3, dtype=torch.long)}
+    captured.batch, captured.usable = batch, True
+    assert captured.fits({"x": torch.ones(3, 4), "labels": torch.ones(3, dtype=torch.long)})
+    for other in ({**batch, "x": torch.zeros(3, 5)}, {**batch, "x": torch.zeros(3, 4).half()}, {"x": batch["x"]}):
+        assert not captured.fits(other)
+    captured.usable = False
+    assert not captured.fits(batch)

@@ -360,6 +360,42 @@ def test_a_row_of_several_examples_is_found(dtype):
         assert not read(tiny, tiny * weights)[1]
 
 
+def test_numbers_of_examples_are_whole():
+    """Whatever torch's default dtype is: in bfloat16, 257 would be 256."""
+    default, grad = torch.get_default_dtype(), torch.randn(300, 4)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        code = owners.Code(300, half=False)
+        coded = [owners.sketch(grad * weights[:, None], 0) for weights in code.weights(grad[:, 0])]
+        owner, right = code.read(owners.sketch(grad, 0), coded, grad.dtype)
+    finally:
+        torch.set_default_dtype(default)
+    assert owner.tolist() == list(range(300)) and bool(right)
+
+
+@pytest.mark.parametrize("shape, dim, runs", [((6,), 0, 1), ((3, 6, 50), 1, 1), ((4, 3, 1 << 16), 0, 3)], ids=str)
+def test_a_sketch_is_small_and_of_each_row_alone(shape, dim, runs):
+    grad = draw(*shape)
+    sketch, order = owners.sketch(grad, dim), torch.randperm(shape[dim])
+    assert sketch.shape == (shape[dim], runs, 8)
+    torch.testing.assert_close(owners.sketch(3 * grad.index_select(dim, order), dim), 3 * sketch[order])
+
+
+PROVEN = {
+    "products of several matrices": (lambda x: (x.view(2, 2, 6) @ draw(2, 6, 3)).view(4, 3).sum(1), True),
+    "broadcast within examples": (lambda x: (x[:, None] * draw(4, 3, 6)).sum((1, 2)), True),
+    "broadcast over examples": (lambda x: (x[None] * draw(4, 4, 6)).sum((1, 2)), False),
+    "stored statistics": (lambda x: F.batch_norm(x, draw(6), draw(6).exp()).sum(1), True),
+    "the batch's statistics": (lambda x: F.batch_norm(x, None, None, training=True).sum(1), False),
+}
+
+
+@pytest.mark.parametrize("losses, in_order", PROVEN.values(), ids=PROVEN)
+def test_what_the_graph_of_four_examples_proves(losses, in_order):
+    x = draw(4, 6).requires_grad_() * 2
+    assert owners.inspect(losses(x), 4).in_order == in_order
+
+
 def test_owners_of_several_uses_agree():
     a, b = torch.tensor([0, 2, -1]), torch.tensor([0, -1, 1])
     own, same = owners.merged(a, b)

@@ -109,6 +109,19 @@ def test_rounding_of_autocast_is_not_refused():
     estimate_fisher(Rounded(2**-8, FP32), [examples(FP32)], loss)
 
 
+@pytest.mark.parametrize("dtype, rounded", [(FP32, 1.0), (FP64, 1 + 2**-9)], ids=str)
+def test_squares_are_of_the_input_that_autocast_makes(dtype, rounded):
+    """That of float32, in bfloat16; float64 it leaves alone."""
+
+    def loss(model, batch):
+        with torch.autocast("cpu", BF16):
+            return model(batch).sum(1)
+
+    fisher = estimate_fisher(nn.Linear(4, 2).to(dtype), [torch.full((3, 4), 1 + 2**-9, dtype=dtype)], loss)
+    assert fisher["weight"].equal(torch.full((2, 4), rounded**2, dtype=dtype))
+    assert fisher.notes["weight"] == "product"
+
+
 def normalised(model, batch):
     losses = cross_entropy(model, batch)
     return losses / losses.detach().mean()

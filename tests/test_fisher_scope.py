@@ -286,6 +286,10 @@ def test_default_scope_of_a_compiled_submodule_and_of_other_models():
     assert outside(nn.ModuleDict({"encoder": kind(config).bert, "head": nn.Linear(3, 2)})) == set()
 
 
+def test_a_part_of_an_adapters_name_is_none_without_peft():
+    assert outside(nn.ModuleDict({"lora_mix": nn.Linear(3, 3), "body": nn.Linear(3, 3)})) == set()
+
+
 class LoraLayer(nn.Module):
     """As PEFT's: the frozen layer and trained factors, by adapter name."""
 
