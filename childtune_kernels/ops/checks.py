@@ -50,7 +50,8 @@ def check_parameter(label: str, param: Tensor) -> None:
             "element 0 on every rank: sharded parameters are not supported yet"
         )
     span = 0  # of the dimensions with smaller strides
-    for stride, size in sorted(zip(param.stride(), param.shape, strict=True)) if param.numel() else ():
+    own = param.numel() and param.layout == torch.strided
+    for stride, size in sorted(zip(param.stride(), param.shape, strict=True)) if own else ():
         if size > 1 and stride <= span:
             raise RuntimeError(f"{label} must have a place for every element, got strides {param.stride()}")
         span += stride * (size - 1)
