@@ -70,12 +70,14 @@ def assert_ieee(ptx):
     rounded after it does: sums because 24 bits are at least 2 * 8 + 2, products because they fit. They are left out.
     """
     ones, zeros = (set(re.findall(rf"mov\.b16\s+(%rs\d+), 0x{bits};", ptx)) for bits in ("3F80", "8000"))
+    for alike, pair in ((ones, 0x3F803F80), (zeros, 0x80008000 - 2**32)):  # two at a time
+        alike |= set(re.findall(rf"mov\.b32\s+(%r\d+), {pair};", ptx))
 
     def fused(match):
         *factors, added = match[1].split(", ")
         return "" if ones & {*factors} or added in zeros else match[0]
 
-    ptx = re.sub(r"fma\.rn\.bf16\s+%rs\d+, (.*);", fused, ptx)
+    ptx = re.sub(r"fma\.rn\.bf16(?:x2)?\s+%rs?\d+, (.*);", fused, ptx)
     assert not re.search(r"\bfma\.|\.approx|div\.full|\.ftz", ptx)
 
 
