@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -241,3 +242,15 @@ def test_fisher_columns(capability, has, tmp_path):
     kernel = triton_fisher_linear._fisher_columns_kernel
     _, usage = build(kernel, signature | (given if has else {}), constants, capability, 4, tmp_path, fused=True)
     assert_no_spills(usage, 128)
+
+
+def test_every_launch_states_fusion():
+    """Triton's default differs from release to release: fused up to 3.9, not from 3.10 on."""
+    launches = []
+    for file in Path(triton_adamw.__file__).parent.glob("triton_*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                stated = {ast.unparse(k.value) if k.arg is None else k.arg for k in node.keywords}
+                launches.append((file.name, node.lineno, bool(stated & {"OPTIONS", "enable_fp_fusion"})))
+    assert len(launches) >= 10
+    assert not [launch for launch in launches if not launch[2]]

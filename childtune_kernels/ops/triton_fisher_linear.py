@@ -201,7 +201,7 @@ def fisher_linear_(total, d, x) -> None:
         _fisher_linear_kernel[(triton.cdiv(n_rows, size.rows) * triton.cdiv(n_columns, size.columns),)](
             total, d, x, examples, positions, n_rows, n_columns, *strides,
             EVEN=even, INTERPRET=INTERPRET, ROWS=size.rows, COLUMNS=size.columns, STEP=size.step, BAND=_BAND,
-            num_warps=size.num_warps, num_stages=size.num_stages,
+            num_warps=size.num_warps, num_stages=size.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -215,7 +215,7 @@ def fisher_columns_(total, d, factor=None, plain_total=None) -> None:
     with on_device(d.device):
         _fisher_columns_kernel[(triton.cdiv(n_columns, _COLUMN_TILE),)](
             total, plain_total, d, factor, examples, positions, n_columns, d.stride(0), d.stride(1), *strides,
-            INTERPRET=INTERPRET, ROWS=128, COLUMNS=_COLUMN_TILE, num_warps=4,
+            INTERPRET=INTERPRET, ROWS=128, COLUMNS=_COLUMN_TILE, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
 
