@@ -61,7 +61,7 @@ def dense_block(
         addresses, start, offsets, PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED
     )
     companion = pointer(addresses[4], tl.float32 if COMPANION == MASTER else PARAM_DTYPE, ALIGNED) + start + offsets
-    param = load_weights(param_ptr, companion, inside, COMPANION, INTERPRET)
+    param, _ = load_weights(param_ptr, companion, inside, COMPANION, INTERPRET)
     grad = widened(tl.load(grad_ptr, mask=inside), INTERPRET)
     exp_avg = widened(tl.load(exp_avg_ptr, mask=inside), INTERPRET)
     exp_avg_sq = widened(tl.load(exp_avg_sq_ptr, mask=inside), INTERPRET)
@@ -75,7 +75,7 @@ def dense_block(
     param, exp_avg, exp_avg_sq = advance(param, g, exp_avg, exp_avg_sq, row)
 
     words = block_words(start, keys[1], step, 1, BLOCK) if STOCHASTIC else None
-    store_weights(param, param_ptr, companion, words, inside, COMPANION, STOCHASTIC, INTERPRET)
+    store_weights(param, param_ptr, companion, None, words, inside, COMPANION, STOCHASTIC, INTERPRET)
     tl.store(exp_avg_ptr, rounded(exp_avg, STATE_DTYPE, INTERPRET), mask=inside)
     tl.store(exp_avg_sq_ptr, rounded(exp_avg_sq, STATE_DTYPE, INTERPRET), mask=inside)
 
@@ -166,7 +166,7 @@ def compact_block(
     companion_ptr = pointer(companion, tl.float32 if COMPANION == MASTER else PARAM_DTYPE, ALIGNED) + start + offsets
     index = tl.load(pointer(child & ~GRAD_PACKED, tl.int32, ALIGNED) + start + offsets, mask=inside)
     param_ptr = pointer(param_address, PARAM_DTYPE, False) + index
-    old_param = load_weights(param_ptr, companion_ptr, inside, COMPANION, INTERPRET)
+    old_param, stored = load_weights(param_ptr, companion_ptr, inside, COMPANION, INTERPRET)
     old_exp_avg = widened(tl.load(exp_avg_ptr, mask=inside), INTERPRET)
     old_exp_avg_sq = widened(tl.load(exp_avg_sq_ptr, mask=inside), INTERPRET)
     if child & GRAD_PACKED:
@@ -182,6 +182,6 @@ def compact_block(
     param, new_exp_avg, new_exp_avg_sq = advance(old_param, g, old_exp_avg, old_exp_avg_sq, row)
 
     words = words_of(index, keys[1], step, 1) if STOCHASTIC else None
-    store_weights(param, param_ptr, companion_ptr, words, inside, COMPANION, STOCHASTIC, INTERPRET)
+    store_weights(param, param_ptr, companion_ptr, stored, words, inside, COMPANION, STOCHASTIC, INTERPRET)
     tl.store(exp_avg_ptr, rounded(new_exp_avg, STATE_DTYPE, INTERPRET), mask=inside)
     tl.store(exp_avg_sq_ptr, rounded(new_exp_avg_sq, STATE_DTYPE, INTERPRET), mask=inside)

@@ -49,16 +49,28 @@ def rounded_stochastically(x, words, DTYPE: tl.constexpr, INTERPRET: tl.constexp
 
 @triton.jit
 def load_weights(param_ptr, companion_ptr, inside, COMPANION: tl.constexpr, INTERPRET: tl.constexpr):
-    """Return the fp32 weights, wherever their bits are; see `reference.standing_weights`."""
+    """Return the fp32 weights, wherever their bits are, and what is stored; see `reference.standing_weights`."""
     DTYPE: tl.constexpr = param_ptr.dtype.element_ty
-    param = widened(tl.load(param_ptr, mask=inside), INTERPRET)
+    stored = tl.load(param_ptr, mask=inside)
+    param = widened(stored, INTERPRET)
     if COMPANION == MASTER:
         master = tl.load(companion_ptr, mask=inside)
         param = tl.where(widened(rounded(master, DTYPE, INTERPRET), INTERPRET) == param, master, param)
     elif COMPANION == COMPENSATION:
         exact = param + widened(tl.load(companion_ptr, mask=inside), INTERPRET)
         param = tl.where(widened(rounded(exact, DTYPE, INTERPRET), INTERPRET) == param, exact, param)
-    return param
+    return param, stored
+
+
+@triton.jit
+def changed(new, stored, inside):
+    """Return where the bits of 16-bit weights change: a scattered store costs memory a sector of 16 of them.
+
+    At learning rates of fine-tuning most stay as they are: D with masters takes 0.89 ms so and 1.04 if it stores all
+    (H100, BERT-large, bf16, random p = 0.1, lr 1e-5).
+    """
+    differ = new.to(tl.uint16, bitcast=True) != stored.to(tl.uint16, bitcast=True)
+    return differ if inside is None else inside & differ
 
 
 @triton.jit
@@ -72,16 +84,21 @@ def _left_over(x, near, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit
 def store_weights(
-    param, param_ptr, companion_ptr, words, inside,
+    param, param_ptr, companion_ptr, stored, words, inside,
     COMPANION: tl.constexpr, STOCHASTIC: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Round fp32 weights into their tensor, and what that loses into their companion."""
+    """Round fp32 weights into their tensor, and what that loses into their companion.
+
+    ``stored``, what 16-bit weights were, leaves those that do not change unwritten; None writes all.
+    """
     DTYPE: tl.constexpr = param_ptr.dtype.element_ty
+    SPARSE: tl.constexpr = stored is not None and DTYPE != tl.float32
     if STOCHASTIC:
-        tl.store(param_ptr, rounded_stochastically(param, words, DTYPE, INTERPRET), mask=inside)
+        new = rounded_stochastically(param, words, DTYPE, INTERPRET)
+        tl.store(param_ptr, new, mask=changed(new, stored, inside) if SPARSE else inside)
     else:
         near = rounded(param, DTYPE, INTERPRET)
-        tl.store(param_ptr, near, mask=inside)
+        tl.store(param_ptr, near, mask=changed(near, stored, inside) if SPARSE else inside)
         if COMPANION == MASTER:
             tl.store(companion_ptr, param, mask=inside)
         elif COMPANION == COMPENSATION:
