@@ -87,11 +87,12 @@ def assert_no_spills(usage, budget):
     assert usage["registers"] <= budget
 
 
-# every combination of dtypes on one architecture, two of them on the others: the code differs by dtype, not by pairs
+# every combination of dtypes on one architecture, two or three on the others: the code differs by dtype, not by pairs
 @pytest.mark.parametrize(
     "capability, param, state",
     [(90, FP32, FP32), (90, BF16, FP32), (90, FP16, FP32), (90, BF16, BF16), (90, FP32, BF16)]
-    + [(c, p, FP32) for c in (80, 100) for p in (FP32, BF16)],
+    + [(c, p, FP32) for c in (80, 100) for p in (FP32, BF16)]
+    + [(80, BF16, BF16)],
     ids=lambda x: f"sm_{x}" if isinstance(x, int) else str(x),
 )
 @pytest.mark.parametrize("rule", RULES)

@@ -132,8 +132,9 @@ def _update_kernel(
     if RULE == _COMPACT or RULE == _COMPACT_BERNOULLI:
         aligned = aligned & is_aligned(child & ~GRAD_PACKED, tl.int32)
     if apply != 0:
-        # several parts a program: the loads above are waited for once
-        for part in range(0, BLOCK, PART):
+        # several parts a program: the loads above are waited for once. Each derives 16-bit weights' addresses itself:
+        # where LLVM kept them through all parts, Triton 3.8 (sm_90) and 3.9 (sm_80) ran out of registers
+        for part in tl.range(0, BLOCK, PART, disable_licm=PARAM_DTYPE != tl.float32):
             first = start + part
             if aligned & (first + PART <= numel):
                 # gradients that are views of a bucket may lie anywhere, and must not make the rest scalar
