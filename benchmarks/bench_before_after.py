@@ -34,10 +34,10 @@ def measure() -> dict[str, dict[str, float]]:
     import torch
 
     from childtune_kernels import ChildAdamW, ChildMask
-    from childtune_kernels.cli import _shapes
+    from childtune_kernels.measure.shapes import bert_large
 
     warnings.filterwarnings("ignore")
-    shapes = {f"layer.{i}.weight": shape for i, shape in enumerate(_shapes.bert_large())}
+    shapes = {f"layer.{i}.weight": shape for i, shape in enumerate(bert_large())}
     mask = ChildMask.random(shapes, 0.1, 0, device="cuda").to("cpu")
     result = {}
     for name, (dtype, options) in ROWS.items():

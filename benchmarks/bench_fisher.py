@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from childtune_kernels import ops
-from childtune_kernels.cli import _timing
 from childtune_kernels.cli.bench import commit
 from childtune_kernels.fisher import classification_loss, estimate_fisher
+from childtune_kernels.measure import timing
 
 LINEAR = ((32, 128, 4096, 1024), (8, 512, 4096, 4096), (16, 128, 1024, 1024))
 BOUNDS = {torch.bfloat16: 1e-6, torch.float32: 1e-5}  # relative error of a linear rule against float64
@@ -50,7 +50,7 @@ def device_time(function, count: int = 20) -> float:
     with torch.cuda.graph(graph):
         for _ in range(count):
             function()
-    return _timing.time_steps(graph.replay, DEVICE, 5)["device"] / count
+    return timing.time_steps(graph.replay, DEVICE, 5)["device"] / count
 
 
 def bert_large():
@@ -165,7 +165,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=("linear", "pass"))
     args = parser.parse_args()
-    report = {"date": date.today().isoformat(), "commit": commit(), "machine": _timing.machine(DEVICE)}
+    report = {"date": date.today().isoformat(), "commit": commit(), "machine": timing.machine(DEVICE)}
     if args.only != "pass":
         report["linear"] = [
             linear_row(shape, dtype) for dtype in BOUNDS for shape in LINEAR for _ in range(args.rounds)

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from childtune_kernels import ChildMask, ops
-from childtune_kernels.cli import _timing
-from childtune_kernels.cli._shapes import SHAPES
+from childtune_kernels.measure import timing
+from childtune_kernels.measure.shapes import SHAPES
 
 
 def random_mask(density: float, device: torch.device) -> ChildMask:
@@ -72,7 +72,7 @@ def measure(overlap, x: torch.Tensor, y: torch.Tensor, bandwidth: float, repeats
         "launch and number, ms": whole_call(lambda: overlap(x, y).tolist(), repeats),
         "device, cache flushed, ms": from_memory,
         "of copy bandwidth": 2 * x.nbytes / (from_memory["median"] / 1e3) / bandwidth,
-        "queued, ms": _timing.time_steps(lambda: overlap(x, y), x.device, repeats),
+        "queued, ms": timing.time_steps(lambda: overlap(x, y), x.device, repeats),
     }
 
 
@@ -86,7 +86,7 @@ def main() -> int:
     torch.manual_seed(0)
     a, b = random_mask(0.3, device), random_mask(0.1, device)
     x, y = flat_words(a), flat_words(b)
-    bandwidth = _timing.copy_bandwidth(device)
+    bandwidth = timing.copy_bandwidth(device)
     both, either = expected = expected_counts(a, b)
     rows, refused = {}, a.jaccard(b) != both / either
     for impl in [i for i in ("triton", "csrc") if ops.unavailable(i, "cuda") is None]:
@@ -98,7 +98,7 @@ def main() -> int:
             print(f"refused: {impl} counts {got}, the reference {expected}")
     rows["ChildMask.jaccard"] = {"launch and number, ms": whole_call(lambda: a.jaccard(b), args.repeats)}
     report = {
-        "machine": _timing.machine(device),
+        "machine": timing.machine(device),
         "weights": sum(a.shape(name).numel() for name in a),
         "bytes": 2 * x.nbytes,
         "copy bandwidth, GB/s": bandwidth / 1e9,

@@ -20,9 +20,9 @@ import transformers
 from torch import nn
 
 from childtune_kernels import ChildAdamW, ChildMask, ops, philox
-from childtune_kernels.cli import _timing
 from childtune_kernels.cli.bench import commit
-from childtune_kernels.memory import predict
+from childtune_kernels.measure import timing
+from childtune_kernels.optim.memory import predict
 
 P = 0.1
 LLAMAS = {
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=LLAMAS, default=list(LLAMAS))
     args = parser.parse_args()
     device = torch.device("cuda")
-    report = {"date": date.today().isoformat(), "commit": commit(), "machine": _timing.machine(device), "p": P}
+    report = {"date": date.today().isoformat(), "commit": commit(), "machine": timing.machine(device), "p": P}
     report |= {"batch": [1, 512], "steps": {}}
     args.result.parent.mkdir(parents=True, exist_ok=True)
     measurements = {"hooks": hook_costs}

@@ -15,9 +15,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from childtune_kernels import ChildMask, estimate_fisher
-from childtune_kernels.cli import _digits, _timing
-from childtune_kernels.cli._peers import touched_groups
 from childtune_kernels.cli.bench import commit
+from childtune_kernels.experiments import digits
+from childtune_kernels.measure import timing
+from childtune_kernels.measure.peers import touched_groups
 
 RULES = ("exact", "batch", "released")
 SHARES = (0.1, 0.3)
@@ -32,7 +33,7 @@ def children(pretrained, task, protocol, seed: int) -> dict[float, dict[str, Chi
     """Return share -> rule -> child of the encoder layers, for one draw of training images and head."""
     rows = torch.randperm(len(task.pool.labels), generator=torch.Generator().manual_seed(seed))
     images = task.pool[rows[: protocol.train_images]]
-    model = _digits.with_fresh_head(pretrained, seed)
+    model = digits.with_fresh_head(pretrained, seed)
     size = protocol.batch_size
     batches = [images[i : i + size] for i in range(0, protocol.train_images, size)]
     fishers = {rule: estimate_fisher(model, batches, per_example_loss, rule=rule) for rule in RULES}
@@ -49,10 +50,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)  # the same numbers on any number of cores
-    protocol = _digits.Protocol()
-    task = _digits.load_task(protocol, torch.device("cpu"))
-    pretrained = _digits.pretrain(task, protocol, lambda: None)
-    report = {"date": date.today().isoformat(), "commit": commit(), "machine": _timing.machine(torch.device("cpu"))}
+    protocol = digits.Protocol()
+    task = digits.load_task(protocol, torch.device("cpu"))
+    pretrained = digits.pretrain(task, protocol, lambda: None)
+    report = {"date": date.today().isoformat(), "commit": commit(), "machine": timing.machine(torch.device("cpu"))}
     report |= {"seeds": args.seeds, "images": protocol.train_images, "batch": protocol.batch_size, "shares": {}}
     for seed in range(args.seeds):
         for p, masks in children(pretrained, task, protocol, seed).items():

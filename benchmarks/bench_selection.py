@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from childtune_kernels import ChildMask, ops, selection
-from childtune_kernels.cli import _timing
-from childtune_kernels.cli._shapes import SHAPES
+from childtune_kernels.measure import timing
+from childtune_kernels.measure.shapes import SHAPES
 
 
 def fisher_like(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -50,9 +50,9 @@ def expected_words(scores: dict[str, Tensor], p: float) -> list[Tensor]:
 
 def measure(step, device: torch.device, repeats: int, result_bytes: int = 0) -> dict:
     """Time a call that ends on the host, and count what it allocates beyond its result."""
-    times = _timing.time_steps(step, device, repeats)
+    times = timing.time_steps(step, device, repeats)
     times = {name: times[name] for name in ("step", "step_min", "step_max")}
-    return {"ms": times, "extra MiB": (_timing.extra_memory(step, device) - result_bytes) / 2**20}
+    return {"ms": times, "extra MiB": (timing.extra_memory(step, device) - result_bytes) / 2**20}
 
 
 def measure_kind(kind: str, p: float, device: torch.device, repeats: int) -> tuple[dict, bool]:
@@ -71,16 +71,16 @@ def measure_kind(kind: str, p: float, device: torch.device, repeats: int) -> tup
             print(f"refused: {impl} selects other weights of {kind} scores than a stable sort")
             continue
         kernels = ops.implementation(impl, "cuda")
-        tensors, digits = ops.fixed.Fixed(scores.values()), kernels.digits
+        tensors, digits = ops.tensors.Fixed(scores.values()), kernels.digits
         count_args = tensors, [0] * len(tensors), 32 - digits, digits
         pack_args = tensors, [0.5] * len(tensors), [0] * len(tensors), False
         rows[impl] = {
             "select and pack": measure(pack, device, repeats, result_bytes),
             "select, with ChildMask": measure(lambda impl=impl: as_mask(scores, p, impl), device, repeats),
-            "one histogram, device ms": _timing.time_steps(
+            "one histogram, device ms": timing.time_steps(
                 lambda kernels=kernels, args=count_args: kernels.score_histogram(*args), device, repeats
             )["device"],
-            "packing, device ms": _timing.time_steps(
+            "packing, device ms": timing.time_steps(
                 lambda kernels=kernels, args=pack_args: kernels.threshold_bits(*args), device, repeats
             )["device"],
         }
@@ -100,10 +100,10 @@ def main() -> int:
     torch.manual_seed(0)
     measured = {kind: measure_kind(kind, args.p, device, args.repeats) for kind in KINDS}
     report = {
-        "machine": _timing.machine(device),
+        "machine": timing.machine(device),
         "scores": sum(torch.Size(shape).numel() for shape in SHAPES["bert-large"]()),
         "p": args.p,
-        "copy bandwidth, GB/s": _timing.copy_bandwidth(device) / 1e9,
+        "copy bandwidth, GB/s": timing.copy_bandwidth(device) / 1e9,
         "rows": {kind: rows for kind, (rows, _) in measured.items()},
     }
     args.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -10,9 +10,9 @@ import torch
 
 from childtune_kernels import ops
 from childtune_kernels.cli import bench
-from childtune_kernels.cli._peers import contenders
-from childtune_kernels.cli._shapes import SHAPES
-from childtune_kernels.cli._timing import step_and_wait
+from childtune_kernels.measure.peers import contenders
+from childtune_kernels.measure.shapes import SHAPES
+from childtune_kernels.measure.timing import step_and_wait
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IMPLS = [impl for impl in ("triton", "csrc", "reference") if ops.unavailable(impl, DEVICE.type) is None]

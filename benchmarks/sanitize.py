@@ -13,7 +13,7 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 import torch  # noqa: E402
 
 from childtune_kernels import ChildAdamW, ops  # noqa: E402
-from childtune_kernels.cli._peers import random_masks  # noqa: E402
+from childtune_kernels.measure.peers import random_masks  # noqa: E402
 
 SIZES = [(0,), (1,), (31,), (33,), (511,), (1025,), (65, 67)]
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .files import replacing
     from .fisher import Fisher, estimate_fisher
     from .mask import ChildMask, jaccard_matrix
-    from .optim import ChildAdamW
+    from .optim.adamw import ChildAdamW
 
 __all__ = [
     "ChildAdamW",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import ops, philox
 from .ops import checks
-from .ops.fixed import Fixed
+from .ops.tensors import Fixed
 
 _KEY_BITS = 32  # as many as a word of the mask stream
 _PIECES = 256  # parts of a tensor that are counted in one launch on the way to its last included tie

@@ -1,5 +1,5 @@
 // The update of one weight and the scalars behind it: the only C++ statement of the formula, for CPU and CUDA, bitwise
-// childtune_kernels/ops/reference.py. Operations are IEEE, each rounded once, in the order written here; both compilers
+// childtune_kernels/ops/reference/. Operations are IEEE, each rounded once, in the order written here; both compilers
 // run with contraction off (-ffp-contract=off, -fmad=false).
 #pragma once
 

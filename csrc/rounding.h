@@ -1,4 +1,4 @@
-// How a weight of fewer bits stands for an fp32 one: the rules of childtune_kernels/ops/reference.py.
+// How a weight of fewer bits stands for an fp32 one: the rules of childtune_kernels/ops/reference/.
 #pragma once
 
 #include <cstring>

@@ -42,7 +42,7 @@ KNOWN = ROOT / "tests" / "mutants.txt"
 PACKAGE = "childtune_kernels"
 LEFT_OUT = (
     f"{PACKAGE}/cli/",
-    f"{PACKAGE}/ops/triton",
+    f"{PACKAGE}/ops/triton/",
     f"{PACKAGE}/__",
     "csrc/cuda/",
     "csrc/ops.h",

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from childtune_kernels import ops
-from childtune_kernels.cli import _shapes, bench, main
+from childtune_kernels.cli import bench, main
+from childtune_kernels.measure import shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 CALL = ["bench", "--device", "cpu", "--model", "bert-layer", "--rounds", "2", "--repeats", "2"]
@@ -23,7 +24,7 @@ def test_a_run_records_where_what_and_the_spread(tmp_path, capsys, recwarn):
     assert not [str(w.message) for w in recwarn if w.category is UserWarning]
     assert "nan" not in printed and "host ms" not in printed  # a CPU has no such column
     report = json.loads(path.read_text())
-    assert report["parameters"] == sum(torch.Size(shape).numel() for shape in _shapes.bert_layer())
+    assert report["parameters"] == sum(torch.Size(shape).numel() for shape in shapes.bert_layer())
     assert {"torch", "triton", "device", "python"} <= report["machine"].keys()
     assert len(report["copy_bandwidth"]) == 2
     best = next(impl for impl in ("csrc", "reference") if ops.unavailable(impl, "cpu") is None)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from childtune_kernels import ops
-from childtune_kernels.cli import _digits, demo, doctor, main
-from childtune_kernels.cli._digits import METHODS, Protocol, VisionTransformer, child_network, load_task
+from childtune_kernels.cli import demo, doctor, main
+from childtune_kernels.experiments import digits
+from childtune_kernels.experiments.digits import METHODS, Protocol, VisionTransformer, child_network, load_task
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,10 +86,10 @@ def test_a_seed_gives_every_method_the_same_start(task, monkeypatch):
         seen.append([*(p.detach().clone() for p in model.parameters()), images.pixels])
         return 0.0
 
-    monkeypatch.setattr(_digits, "train", look)
+    monkeypatch.setattr(digits, "train", look)
     model = VisionTransformer()
     for method, seed in (("vanilla", 3), ("F", 3), ("D", 3), ("vanilla", 4)):
-        _digits.fine_tune(method, model, task, QUICK, 1e-3, seed, task.validation, 1, lambda: None)
+        digits.fine_tune(method, model, task, QUICK, 1e-3, seed, task.validation, 1, lambda: None)
     vanilla, f, d, other = seen
     for start in (f, d):
         assert all(map(torch.equal, vanilla, start))
@@ -123,8 +124,8 @@ def test_only_the_child_and_what_the_mask_leaves_out_move(task):
     torch.manual_seed(0)
     model, images = VisionTransformer(width=8, depth=1), task.pool[torch.arange(20)]
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
-    optimizer, _ = _digits.make_optimizer("D", model, images, 1e-2, 0, 0.3)
-    _digits.train(model, optimizer, images, 3, 8, 0, lambda step: None)
+    optimizer, _ = digits.make_optimizer("D", model, images, 1e-2, 0, 0.3)
+    digits.train(model, optimizer, images, 3, 8, 0, lambda step: None)
     for name, param in model.named_parameters():
         moved = param != before[name]
         if name in optimizer.mask:

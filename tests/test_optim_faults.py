@@ -11,7 +11,7 @@ from cases import same_bits
 from torch import nn
 
 from childtune_kernels import ChildAdamW, ChildMask, hooks, plan
-from childtune_kernels.child import Packing
+from childtune_kernels.optim.packing import Packing
 
 
 def two_groups(

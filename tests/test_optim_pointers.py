@@ -18,7 +18,7 @@ from cases import (
 )
 
 from childtune_kernels import ChildAdamW
-from childtune_kernels.ops import fixed
+from childtune_kernels.ops import tensors as lists
 
 WAYS = (  # kind, dtype of the weights, how 16-bit ones are kept
     *((kind, torch.float32, None) for kind in KINDS),
@@ -34,8 +34,8 @@ ways = pytest.mark.parametrize("kind, dtype, low", WAYS, ids=[f"{k}-{d}-{w}" for
 def reader(request, monkeypatch):
     """Both ways in which forms and addresses are read."""
     if request.param == "python":
-        monkeypatch.setattr(fixed, "_compiled", None)
-    elif fixed._compiled is None:
+        monkeypatch.setattr(lists, "_compiled", None)
+    elif lists._compiled is None:
         pytest.skip("csrc/python is not built for this torch")
 
 
@@ -221,16 +221,16 @@ def test_forms_tell_every_difference(reader):
         torch.complex(x, x).conj().imag.contiguous().clone().resolve_neg()[:, :2], torch._neg_view(x), x.to_sparse(),
         x[..., None], x.as_strided((4, 4), (0, 1)),
     ]  # fmt: skip
-    assert all(fixed.forms([t]) == fixed.forms([x]) for t in same)
-    assert all(fixed.forms([t]) != fixed.forms([x]) for t in others)
-    assert fixed.forms([x, x.t()]) != fixed.forms([x.t(), x]) and fixed.forms([]) == fixed.forms([])
+    assert all(lists.forms([t]) == lists.forms([x]) for t in same)
+    assert all(lists.forms([t]) != lists.forms([x]) for t in others)
+    assert lists.forms([x, x.t()]) != lists.forms([x.t(), x]) and lists.forms([]) == lists.forms([])
     with pytest.raises(TypeError):
-        fixed.forms([x, None])
+        lists.forms([x, None])
 
 
 def test_addresses_are_torchs(reader):
     tensors = [torch.randn(n)[o:] for n, o in ((0, 0), (5, 1), (8, 0))]
-    assert fixed.addresses(tensors).tolist() == [t.data_ptr() for t in tensors]
+    assert lists.addresses(tensors).tolist() == [t.data_ptr() for t in tensors]
 
 
 @pytest.mark.gpu

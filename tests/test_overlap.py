@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from childtune_kernels import ChildMask, jaccard_matrix
-from childtune_kernels.cli import _plots, main
+from childtune_kernels.cli import main, plots
 
 pytest.importorskip("safetensors")  # GPU machines may run the tests without an installation
 Figure = pytest.importorskip("matplotlib.figure").Figure
@@ -112,12 +112,12 @@ def test_names_give_layers_and_kinds():
         "fc1.weight": ("fc1.weight", None),
         "blocks.3": ("blocks.*", 3),
     }
-    assert _plots.layers_and_kinds(names) == names
+    assert plots.layers_and_kinds(names) == names
 
 
 def test_density_table():
     mask = MASKS["rte"]
-    table, kinds, layers = _plots.density_table(mask, SHAPES)
+    table, kinds, layers = plots.density_table(mask, SHAPES)
     assert (kinds, layers) == (["embed.weight", "layers.*.w", "layers.*.b"], [None, 0, 10])
     nan = float("nan")
     expected = [[mask.density("embed.weight"), nan, nan]]
@@ -128,7 +128,7 @@ def test_density_table():
 def test_heat_map_prints_labels_and_values(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
-    _plots.jaccard_heat_map(torch.tensor([[1.0, 0.25], [0.25, 1.0]]), ["rte", "mrpc"], tmp_path / "x.png")
+    plots.jaccard_heat_map(torch.tensor([[1.0, 0.25], [0.25, 1.0]]), ["rte", "mrpc"], tmp_path / "x.png")
     axes = drawn[0].axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["rte", "mrpc"]
     assert [text.get_text() for text in axes.texts] == ["1.00", "0.25", "0.25", "1.00"]
@@ -139,9 +139,9 @@ def test_panels_share_their_kinds_whatever_the_order_of_names(tmp_path, monkeypa
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
     mask = MASKS["rte"]
     other = ChildMask.from_dense({name: mask.to_dense(name) for name in reversed(SHAPES)})
-    _plots.density_by_layer({"a": mask, "b": other}, tmp_path / "x.png")
+    plots.density_by_layer({"a": mask, "b": other}, tmp_path / "x.png")
     first, second, _ = drawn[0].axes
     assert (first.get_title(), second.get_title()) == ("a", "b")
     assert [label.get_text() for label in first.get_yticklabels()] == ["embed.weight", "layers.*.w", "layers.*.b"]
     pictures = [axes.images[0].get_array().filled(-1).tolist() for axes in (first, second)]
-    assert pictures[0] == pictures[1] == _plots.density_table(mask, SHAPES)[0].nan_to_num(-1).tolist()
+    assert pictures[0] == pictures[1] == plots.density_table(mask, SHAPES)[0].nan_to_num(-1).tolist()

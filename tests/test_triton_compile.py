@@ -19,15 +19,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from childtune_kernels.ops import (  # noqa: E402
-    triton_adamw,
-    triton_bitmask,
-    triton_fisher,
-    triton_fisher_linear,
-    triton_gather,
-    triton_scalars,
-    triton_selection,
-)
+from childtune_kernels.ops.triton import adamw, bits, fisher, gather, selection, squares, update  # noqa: E402
 
 FP32, BF16, FP16 = tl.float32, tl.bfloat16, tl.float16
 RULES = {"plain": 0, "bernoulli": 1, "child": 2, "child-decay-all": 3, "compact": 4, "compact-bernoulli": 5}
@@ -109,7 +101,7 @@ def test_update_of_low_precision_weights(rule, beside, stochastic, tmp_path):
 
 def check_update(rule, capability, param, state, tmp_path, beside=0, stochastic=False):
     """Compile one combination; demand IEEE operations, no spills, few registers and wide accesses."""
-    block, part, scalar_part, num_warps = triton_adamw._sizes(RULES[rule], bool(beside or stochastic))
+    block, part, scalar_part, num_warps = update._sizes(RULES[rule], bool(beside or stochastic))
     constants = dict(
         RULE=RULES[rule],
         BESIDE=beside,
@@ -122,7 +114,7 @@ def check_update(rule, capability, param, state, tmp_path, beside=0, stochastic=
         SCALAR_PART=scalar_part,
     )
     signature = {**LAYOUT, "scalars": "*i32"}
-    ptx, usage = build(triton_adamw._update_kernel, signature, constants, capability, num_warps, tmp_path)
+    ptx, usage = build(update._update_kernel, signature, constants, capability, num_warps, tmp_path)
     assert_ieee(ptx)
     assert_no_spills(usage, CHILD_BUDGET if "child" in rule else BUDGET)
     together = part // (32 * num_warps)  # elements of a thread, 4 of them at most in one access
@@ -138,7 +130,7 @@ def test_begin(capability, scaler, tmp_path):
     signature = {"table": "*i64", "scalars": "*i32", "n": "i32"}
     scalars = dict.fromkeys(("grad_scale", "found_inf", "grad_norm"), "*fp32" if scaler else "constexpr")
     constants = dict(HAS_LRS=scaler, BLOCK=128) | ({} if scaler else dict.fromkeys(scalars))
-    ptx, usage = build(triton_scalars.begin_kernel, signature | scalars, constants, capability, 4, tmp_path)
+    ptx, usage = build(adamw.begin_kernel, signature | scalars, constants, capability, 4, tmp_path)
     assert_ieee(ptx)
     assert "div.rn.f64" in ptx and "sqrt.rn.f64" in ptx
     assert_no_spills(usage, 128)
@@ -147,9 +139,9 @@ def test_begin(capability, scaler, tmp_path):
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("grad", [FP32, BF16], ids=str)
 def test_square_accumulate(capability, grad, tmp_path):
-    constants = dict(GRAD_DTYPE=grad, INTERPRET=False, BLOCK=triton_fisher._BLOCK)
+    constants = dict(GRAD_DTYPE=grad, INTERPRET=False, BLOCK=squares._BLOCK)
     signature = {**LAYOUT, "scale": "fp32"}
-    ptx, usage = build(triton_fisher._square_accumulate_kernel, signature, constants, capability, 4, tmp_path)
+    ptx, usage = build(squares._square_accumulate_kernel, signature, constants, capability, 4, tmp_path)
     assert_ieee(ptx)
     assert_no_spills(usage, BUDGET)
     assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
@@ -158,19 +150,19 @@ def test_square_accumulate(capability, grad, tmp_path):
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("add", [False, True], ids=["set", "add"])
 def test_gather(add, capability, tmp_path):
-    constants = dict(ADD=add, DTYPE=BF16, INTERPRET=False, BLOCK=triton_gather._BLOCK)
-    ptx, usage = build(triton_gather._gather_kernel, LAYOUT, constants, capability, 4, tmp_path)
+    constants = dict(ADD=add, DTYPE=BF16, INTERPRET=False, BLOCK=gather._BLOCK)
+    ptx, usage = build(gather._gather_kernel, LAYOUT, constants, capability, 4, tmp_path)
     assert_no_spills(usage, BUDGET)
     assert "ld.global.v4.b32" in ptx  # the indices
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_bitmask(capability, tmp_path):
-    block = {"BLOCK": triton_bitmask._BLOCK}
+    block = {"BLOCK": bits._BLOCK}
     numbers = {"numel": "i64", "key": "i64", "step": "i32", "last_kept": "i32", "domain": "i32", "offset": "i64"}
     kernels = (
-        (triton_bitmask._bernoulli_bits_kernel, {"words": "*i32", **numbers}, block),
-        (triton_bitmask._popcount_kernel, {"words": "*i32", "count": "*i64", "n_words": "i64"}, block),
+        (bits._bernoulli_bits_kernel, {"words": "*i32", **numbers}, block),
+        (bits._popcount_kernel, {"words": "*i32", "count": "*i64", "n_words": "i64"}, block),
     )
     for kernel, signature, constants in kernels:
         ptx, usage = build(kernel, signature, constants, capability, 4, tmp_path)
@@ -181,23 +173,23 @@ def test_bitmask(capability, tmp_path):
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_overlap(capability, tmp_path):
     signature = {"a": "*i32", "b": "*i32", "counts": "*i64", "n_words": "i64"}
-    constants = {"BLOCK": triton_bitmask._COUNT_BLOCK}
-    kernel = triton_bitmask._overlap_kernel
+    constants = {"BLOCK": bits._COUNT_BLOCK}
+    kernel = bits._overlap_kernel
     ptx, usage = build(kernel, signature, constants, capability, 4, tmp_path, aligned=("a", "b"))
     assert_no_spills(usage, BUDGET)
-    assert "popc.b32" in ptx and ptx.count("ld.global.v4.b32") == 2 * triton_bitmask._COUNT_BLOCK // (128 * 4)
+    assert "popc.b32" in ptx and ptx.count("ld.global.v4.b32") == 2 * bits._COUNT_BLOCK // (128 * 4)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_selection(capability, dtype, tmp_path):
-    count, pack = triton_selection._count_kernel, triton_selection._bits_kernel
+    count, pack = selection._count_kernel, selection._bits_kernel
     constants = dict(DTYPE=dtype, INTERPRET=False)
     signature = {**LAYOUT, "counts": "*i64", "shift": "i32", "n_bins": "i32"}
-    sizes = dict(LANES=triton_selection._LANES, STEPS=triton_selection._STEPS)
+    sizes = dict(LANES=selection._LANES, STEPS=selection._STEPS)
     built = [build(count, signature, constants | sizes, capability, 4, tmp_path)]
     for lowest in (False, True):
-        sizes = dict(LOWEST=lowest, BLOCK=triton_selection._BLOCK)
+        sizes = dict(LOWEST=lowest, BLOCK=selection._BLOCK)
         built.append(build(pack, LAYOUT, constants | sizes, capability, 4, tmp_path))
     for ptx, usage in built:
         assert_no_spills(usage, 100)
@@ -215,16 +207,16 @@ def test_fisher_linear(capability, d, kind, tmp_path):
     shared = {80: 166_912, 90: 232_448, 100: 232_448}[capability]  # bytes that a program may take
     dtype = torch.float32 if d == FP32 else torch.bfloat16
     for rows in (256, 4096):  # the small tile and the large one
-        tile = triton_fisher_linear.tile(dtype, rows, 4096, 512, kind != "unaligned", 132, shared)
+        tile = fisher.tile(dtype, rows, 4096, 512, kind != "unaligned", 132, shared)
         constants = dict(
             EVEN=kind == "even", INTERPRET=False, ROWS=tile.rows, COLUMNS=tile.columns, STEP=tile.step,
-            BAND=triton_fisher_linear._BAND,
+            BAND=fisher._BAND,
         )  # fmt: skip
         signature = {"total": "*fp32", "d": f"*{d}", "x": f"*{d}", "x_example": "i32", "x_position": "i32"}
         signature |= FISHER_SIZES
         divisible = () if kind == "unaligned" else set(signature) - {"examples", "positions"}
         options = dict(aligned=divisible, num_stages=tile.num_stages, fused=True)
-        kernel = triton_fisher_linear._fisher_linear_kernel
+        kernel = fisher._fisher_linear_kernel
         ptx, usage = build(kernel, signature, constants, capability, tile.num_warps, tmp_path, **options)
         assert_no_spills(usage, 255)
         assert tile.num_stages * tile.step * (tile.rows + tile.columns) * dtype.itemsize <= shared
@@ -238,9 +230,9 @@ def test_fisher_linear(capability, d, kind, tmp_path):
 def test_fisher_columns(capability, has, tmp_path):
     given = {"plain_total": "*fp32", "factor": "*fp32"}
     signature = {"total": "*fp32", "d": "*bf16", "factor_example": "i32", "factor_position": "i32"} | FISHER_SIZES
-    constants = dict(INTERPRET=False, ROWS=128, COLUMNS=triton_fisher_linear._COLUMN_TILE)
+    constants = dict(INTERPRET=False, ROWS=128, COLUMNS=fisher._COLUMN_TILE)
     constants |= {} if has else dict.fromkeys(given)
-    kernel = triton_fisher_linear._fisher_columns_kernel
+    kernel = fisher._fisher_columns_kernel
     _, usage = build(kernel, signature | (given if has else {}), constants, capability, 4, tmp_path, fused=True)
     assert_no_spills(usage, 128)
 
@@ -248,7 +240,7 @@ def test_fisher_columns(capability, has, tmp_path):
 def test_every_launch_states_fusion():
     """Triton's default differs from release to release: fused up to 3.9, not from 3.10 on."""
     launches = []
-    for file in Path(triton_adamw.__file__).parent.glob("triton_*.py"):
+    for file in Path(update.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
                 stated = {ast.unparse(k.value) if k.arg is None else k.arg for k in node.keywords}

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from .. import __version__
-from ._text import Failed, Refused, brief, one_line
+from .text import Failed, Refused, brief, one_line
 
 COMMANDS = {
     "demo": "compare vanilla AdamW with Child-Tuning on real images with few labels, in minutes on a CPU",

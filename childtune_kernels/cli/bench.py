@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 from .. import ChildAdamW, ops
-from . import _timing
-from ._inputs import Results, device, output_file, whole, write_text
-from ._peers import contenders, random_masks, touched_groups
-from ._shapes import SHAPES
-from ._text import Refused
+from ..measure import timing
+from ..measure.peers import contenders, random_masks, touched_groups
+from ..measure.shapes import SHAPES
+from .inputs import Results, device, output_file, whole, write_text
+from .text import Refused
 
 # A column's title -> its key in `summary`; columns that a device does not have are left out.
 COLUMNS = {"host ms": "host", "device ms": "device", "busy ms": "busy", "of copy": "share", "launches": "launches"}
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     results: dict[str, list[dict]] = {name: [] for name in rows}
     bandwidths = []
     for turn in range(args.rounds):
-        bandwidths.append(_timing.copy_bandwidth(device))
+        bandwidths.append(timing.copy_bandwidth(device))
         for name, (rule, factory) in rows.items():
             if turn and "compiled" in name:
                 continue  # half a minute of compilation each time
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     report = {
         "date": date.today().isoformat(),
         "commit": commit(),
-        "machine": _timing.machine(device),
+        "machine": timing.machine(device),
         "model": model,
         "tensors": len(shapes),
         "parameters": sum(map(math.prod, shapes)),
@@ -116,11 +116,11 @@ def _measure(rule: str, factory, shapes, device: torch.device, dtype: torch.dtyp
     if getattr(optimizer, "pack_gradients", False):
         for p in optimizer.hooks.hooks:  # what the hooks do in a backward pass
             optimizer.hooks.hooks[p](p)
-    result = _timing.time_steps(optimizer.step, device, repeats)
-    result |= _timing.kernels_of(optimizer.step, device)
-    result["extra_bytes"] = _timing.extra_memory(optimizer.step, device)
+    result = timing.time_steps(optimizer.step, device, repeats)
+    result |= timing.kernels_of(optimizer.step, device)
+    result["extra_bytes"] = timing.extra_memory(optimizer.step, device)
     if isinstance(optimizer, ChildAdamW):
-        result["recompilations"] = _timing.count_recompilations(optimizer.step, device)
+        result["recompilations"] = timing.count_recompilations(optimizer.step, device)
         if optimizer.mask is not None:
             result["touched"] = touched_groups(optimizer.mask)
             result["state_bytes"] = sum(t.nbytes for state in optimizer.state.values() for t in state.values())

@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from .. import ChildDelta, replacing
-from ._inputs import Results, output_file, refusing, require_apart
-from ._text import Refused, size
+from .inputs import Results, output_file, refusing, require_apart
+from .text import Refused, size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

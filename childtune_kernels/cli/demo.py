@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from .. import __version__, ops
-from ._digits import METHODS, TUNING_SEED, Images, Protocol, Task, fine_tune, load_task, pretrain
-from ._inputs import Results, device, output_file, require_apart, require_packages, whole, write_text
-from ._text import markdown
-from ._timing import machine
+from ..experiments.digits import METHODS, TUNING_SEED, Images, Protocol, Task, fine_tune, load_task, pretrain
+from ..measure.timing import machine
+from .inputs import Results, device, output_file, require_apart, require_packages, whole, write_text
+from .text import markdown
 
 PROTOCOL = Protocol()
 

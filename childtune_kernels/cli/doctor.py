@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .. import ChildAdamW, ChildMask, __version__, ops
-from ._timing import machine
+from ..measure.timing import machine
 
 DEVICE_TYPES = ("cpu", "cuda")
 BUILT = Path(__file__).resolve().parent.parent / "_build.txt"  # setup.py writes it: pip shows no output of a build

@@ -14,10 +14,10 @@ import torch
 
 from .. import estimate_fisher
 from ..fisher.estimate import LABELS, RULES
-from ._checkpoint import HEADS, LENGTH, batches, length_for, load, try_texts
-from ._inputs import Results, device, output_file, quiet_transformers, require_apart, require_packages, share, whole
-from ._task import check_labels, head_of, read_task
-from ._text import Refused
+from .checkpoint import HEADS, LENGTH, batches, length_for, load, try_texts
+from .inputs import Results, device, output_file, quiet_transformers, require_apart, require_packages, share, whole
+from .task import check_labels, head_of, read_task
+from .text import Refused
 
 SCOPES = ("backbone", "all", "released")
 

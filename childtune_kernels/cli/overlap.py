@@ -12,9 +12,9 @@ from pathlib import Path
 from torch import Tensor
 
 from .. import ChildMask, __version__, jaccard_matrix
-from . import _plots
-from ._inputs import Results, output_file, refusing, require_apart, require_packages, write_text
-from ._text import Refused, markdown
+from . import plots
+from .inputs import Results, output_file, refusing, require_apart, require_packages, write_text
+from .text import Refused, markdown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
     results = Results()
     numbers = report(args.masks, masks, matrix, args.per_tensor)
     results.keep(args.json, write_text(json.dumps(numbers, indent=1) + "\n"))
-    results.keep(args.plot, lambda path: _plots.jaccard_heat_map(matrix, list(masks), path))
-    results.keep(args.density_plot, lambda path: _plots.density_by_layer(masks, path))
+    results.keep(args.plot, lambda path: plots.jaccard_heat_map(matrix, list(masks), path))
+    results.keep(args.density_plot, lambda path: plots.density_by_layer(masks, path))
     results.close()
     return 0
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from ..memory import Memory, predict
-from ._inputs import model_folder, quiet_transformers, read_text, refusing, require_packages, share
-from ._shapes import SHAPES
-from ._text import Refused, markdown, size
+from ..measure.shapes import SHAPES
+from ..optim.memory import Memory, predict
+from .inputs import model_folder, quiet_transformers, read_text, refusing, require_packages, share
+from .text import Refused, markdown, size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = ("weights", "gradients", "moments", "companions", "indices", "total")

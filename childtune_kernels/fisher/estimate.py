@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..ops.checks import require
 from .batches import count_examples, require_batch
-from .context import borrowed, random_state
 from .exact import Exact, Losses, gradients, square_into, sum_dtype, zeros
 from .information import Fisher
 from .losses import LABELS
+from .restore import borrowed, random_state
 from .scope import backbone, chosen, left_out, warn_of_other_ranks
 
 RULES = ("exact", "batch", "released")

@@ -13,8 +13,8 @@ from .. import ops
 from ..names import named_parameters
 from ..ops.checks import require
 from .batches import count_examples, map_tensors, take, tensors_of
-from .context import mode
 from .precision import rounding
+from .restore import mode
 from .tape import Layout, Tape, find_layout
 
 _ALONE = "one example at a time: "

@@ -3,9 +3,9 @@
 Every implementation of an op gives bitwise the same weights, moments and masks. Schemas are Python strings, so
 the package works, slower, with no compiler and no Triton:
 
-    reference   eager torch, any device             reference.py, the meaning of each op
+    reference   eager torch, any device             reference/, the meaning of each op
     csrc        C++ on CPU, CUDA C++ on CUDA        ../../csrc, where it was built
-    triton      CUDA (CPU under TRITON_INTERPRET=1)  triton_*.py, where Triton is installed
+    triton      CUDA (CPU under TRITON_INTERPRET=1)  triton/, where Triton is installed
 
 `torch.ops.childtune.<op>` checks its arguments and runs the implementation measured fastest for the device.
 `implementation(name, device)` gives one implementation's functions, unchecked: the optimizer, which has checked,
@@ -109,17 +109,9 @@ def implementation(name: str, device_type: str) -> SimpleNamespace:
         functions |= {op: getattr(reference, op) for op in _WITHOUT_CSRC}
         functions["bernoulli_bits"] = _csrc_bernoulli_bits
     elif name == "triton":
-        from . import (
-            triton_adamw,
-            triton_bitmask,
-            triton_fisher,
-            triton_fisher_linear,
-            triton_gather,
-            triton_selection,
-        )
+        from . import triton
 
-        modules = (triton_adamw, triton_bitmask, triton_fisher, triton_fisher_linear, triton_gather, triton_selection)
-        functions = {op: next(getattr(m, op) for m in modules if hasattr(m, op)) for op in SCHEMAS}
+        functions = {op: getattr(triton, op) for op in SCHEMAS}
     else:
         functions = {op: getattr(reference, op) for op in SCHEMAS}
     return SimpleNamespace(name=name, digits=_DIGITS[name], **functions)

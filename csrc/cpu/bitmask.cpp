@@ -4,7 +4,7 @@
 #include <atomic>
 
 #include "../checks.h"
-#include "lists.h"
+#include "parallel.h"
 
 namespace childtune {
 

@@ -1,6 +1,6 @@
 // accumulator = accumulator + (grad * grad) * scale: one term of Eq. 10. Bound by memory in any instruction set.
 #include "../checks.h"
-#include "lists.h"
+#include "parallel.h"
 
 namespace childtune {
 namespace {

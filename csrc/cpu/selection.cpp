@@ -5,7 +5,7 @@
 #include <mutex>
 
 #include "../checks.h"
-#include "lists.h"
+#include "parallel.h"
 
 namespace childtune {
 namespace {

@@ -1,6 +1,6 @@
 // What a step must know of its tensors before it may use their addresses, read in one loop: 393 tensors take some 10 us
 // here and 150 us attribute by attribute in Python. Not on the stable ABI, which cannot look into a Python list of
-// tensors: built for one torch, and replaced by childtune_kernels/ops/fixed.py where that is another.
+// tensors: built for one torch, and replaced by childtune_kernels/ops/tensors.py where that is another.
 #define PY_SSIZE_T_CLEAN
 #include <torch/csrc/autograd/python_variable.h>
 

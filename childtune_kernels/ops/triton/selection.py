@@ -8,20 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fixed import Fixed
-from .triton_bitmask import store_bits
-from .triton_launch import (
-    INTERPRET,
-    OPTIONS,
-    TRITON_DTYPES,
-    is_aligned,
-    layout,
-    locate,
-    on_device,
-    pointer,
-    upload,
-)
-from .triton_rounding import widened
+from ..tensors import Fixed
+from .bits import store_bits
+from .launch import INTERPRET, OPTIONS, TRITON_DTYPES, is_aligned, layout, locate, on_device, pointer, upload
+from .rounding import widened
 
 _SCORES, _NUMEL, _ROW, _FIRST = map(tl.constexpr, range(4))  # fields of _count_kernel's table
 _WORDS, _THRESHOLD, _TIE_END = map(tl.constexpr, range(2, 5))  # of _bits_kernel's, after the same two

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from .hooks import TOGETHER
-from .ops.checks import require
+from ..ops.checks import require
+from .gradients import TOGETHER
 from .state import COMPANIONS, LOW_PRECISION, STATE
 
 _STEP = 8  # bytes of a step counter

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import philox
+from ... import philox
 
 _CHUNK = 1 << 20  # random elements drawn at a time: bounds the int64 temporaries to a few tens of MB
 MAX_DIGITS = 11  # bits of a key that one score_histogram tells apart: 2048 counts fit any shared memory

@@ -2,7 +2,7 @@
 #include "../adamw.h"
 
 #include "../checks.h"
-#include "lists.h"
+#include "parallel.h"
 
 namespace childtune {
 namespace {

@@ -6,19 +6,9 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from .fixed import Fixed
-from .triton_launch import (
-    INTERPRET,
-    OPTIONS,
-    TRITON_DTYPES,
-    is_aligned,
-    layout,
-    locate,
-    on_device,
-    pointer,
-    upload,
-)
-from .triton_rounding import widened
+from ..tensors import Fixed
+from .launch import INTERPRET, OPTIONS, TRITON_DTYPES, is_aligned, layout, locate, on_device, pointer, upload
+from .rounding import widened
 
 _ACCUMULATOR, _GRAD, _NUMEL = map(tl.constexpr, range(3))  # fields of the table
 _BLOCK = 1024  # elements a program

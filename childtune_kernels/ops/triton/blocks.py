@@ -8,10 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_launch import pointer
-from .triton_philox import block_words, keep_bits, words_of
-from .triton_rounding import MASTER, load_weights, rounded, store_weights, widened
-from .triton_scalars import advance, scalar
+from .adamw import advance, scalar
+from .launch import pointer
+from .philox import block_words, keep_bits, words_of
+from .rounding import MASTER, load_weights, rounded, store_weights, widened
 
 GRAD_PACKED = tl.constexpr(1)  # added to the address of indices whose gradient lies packed, as moments do
 

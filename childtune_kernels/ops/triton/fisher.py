@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import reference
-from .triton_launch import INTERPRET, on_device
-from .triton_rounding import widened
+from .. import reference
+from .launch import INTERPRET, on_device
+from .rounding import widened
 
 
 @triton.jit(do_not_specialize=["examples", "positions"])

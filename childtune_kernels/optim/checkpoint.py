@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, philox
-from .mask import ChildMask
-from .names import canonical, listed
-from .ops.checks import require
+from .. import ops, philox
+from ..mask import ChildMask
+from ..names import canonical, listed
+from ..ops.checks import require
 from .state import COMPANIONS, MOMENTS, StateLayout, dense
 
 CHILD = "child"

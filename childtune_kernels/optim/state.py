@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .child import Packing, unpack
+from .packing import Packing, unpack
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE = ("step", *MOMENTS)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 
 from .. import ChildAdamW, ChildMask, ops
-from ._timing import synchronize
+from ..measure.timing import synchronize
 
 METHODS = {"vanilla": "vanilla AdamW", "F": "Child-Tuning_F", "D": "Child-Tuning_D"}
 CLASSES = 5

@@ -14,12 +14,12 @@ from operator import is_
 import torch
 from torch import Tensor
 
-from . import ops
-from .child import check_shape
-from .names import listed
-from .ops import checks
-from .ops.checks import require
-from .plan import Plan, group_sizes
+from .. import ops
+from ..names import listed
+from ..ops import checks
+from ..ops.checks import require
+from .packing import check_shape
+from .step import Plan, group_sizes
 
 TOGETHER = 128 << 20  # bytes of gradients that are packed in one launch
 

@@ -10,33 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .fixed import Fixed
-from .reference import HYPER_COLUMNS
-from .triton_blocks import GRAD_PACKED, compact_block, dense_block, masked_block
-from .triton_launch import (
-    INTERPRET,
-    OPTIONS,
-    TRITON_DTYPES,
-    is_aligned,
-    layout,
-    locate,
-    on_device,
-    upload,
-)
-from .triton_rounding import COMPENSATION, MASTER, NO_COMPANION
-from .triton_scalars import (
-    CHILD,
-    COMPANION,
-    EXP_AVG,
-    EXP_AVG_SQ,
-    GRAD,
-    KEY,
-    NUMEL,
-    PARAM,
-    ROUNDING_KEY,
-    SCALARS,
-    begin_kernel,
-)
+from ..reference import HYPER_COLUMNS
+from ..tensors import Fixed
+from .adamw import CHILD, COMPANION, EXP_AVG, EXP_AVG_SQ, GRAD, KEY, NUMEL, PARAM, ROUNDING_KEY, SCALARS, begin_kernel
+from .blocks import GRAD_PACKED, compact_block, dense_block, masked_block
+from .launch import INTERPRET, OPTIONS, TRITON_DTYPES, is_aligned, layout, locate, on_device, upload
+from .rounding import COMPENSATION, MASTER, NO_COMPANION
 
 # What a launch does with its gradients: one kernel, since these differ in a few lines of it.
 _PLAIN, _BERNOULLI, _CHILD, _CHILD_DECAY_ALL, _COMPACT, _COMPACT_BERNOULLI = map(tl.constexpr, range(6))

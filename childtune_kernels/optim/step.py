@@ -1,7 +1,7 @@
 """A step's plan: which tensors go into which op call, checked once and reused while they keep their forms.
 
 Addresses are never kept: every step reads them anew, of tensors whose dtype, device, sizes and strides it has compared
-with those that were checked. The optimizer's host time is spent here; see `ops.fixed.forms` for what a look costs.
+with those that were checked. The optimizer's host time is spent here; see `ops.tensors.forms` for what a look costs.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, philox
-from .child import check_shape
+from .. import ops, philox
+from ..ops import checks
+from ..ops.checks import require
+from ..ops.tensors import Fixed
 from .groups import SAMPLED_CHILD, check_group, hyper_row
-from .ops import checks
-from .ops.checks import require
-from .ops.fixed import Fixed
+from .packing import check_shape
 from .state import STATE
 
 

@@ -10,8 +10,8 @@ from cases import MODEL, child_mask, model, optimizer, set_grads, train
 from torch import nn
 
 from childtune_kernels import ChildAdamW, ChildMask
-from childtune_kernels.hooks import TOGETHER
-from childtune_kernels.memory import predict
+from childtune_kernels.optim.gradients import TOGETHER
+from childtune_kernels.optim.memory import predict
 
 N = sum(torch.Size(shape).numel() for shape in MODEL.values())
 INSIDE = sum(child_mask().count(n) if n in child_mask() else torch.Size(s).numel() for n, s in MODEL.items())

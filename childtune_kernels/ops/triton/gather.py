@@ -6,19 +6,9 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from .fixed import Fixed
-from .triton_launch import (
-    INTERPRET,
-    OPTIONS,
-    TRITON_DTYPES,
-    is_aligned,
-    layout,
-    locate,
-    on_device,
-    pointer,
-    upload,
-)
-from .triton_rounding import rounded, widened
+from ..tensors import Fixed
+from .launch import INTERPRET, OPTIONS, TRITON_DTYPES, is_aligned, layout, locate, on_device, pointer, upload
+from .rounding import rounded, widened
 
 _PACKED, _GRAD, _INDICES, _NUMEL = map(tl.constexpr, range(4))  # fields of the table
 _BLOCK = 512

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import philox
-from .triton_launch import OPTIONS, on_device
-from .triton_philox import keep_bits
+from ... import philox
+from .launch import OPTIONS, on_device
+from .philox import keep_bits
 
 _BLOCK = 4096  # bits a program
 _COUNT_BLOCK = 2048  # words a program of _overlap_kernel

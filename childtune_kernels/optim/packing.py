@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from . import ops
-from .mask import ChildMask
-from .ops.checks import require
+from .. import ops
+from ..mask import ChildMask
+from ..ops.checks import require
 
 
 class Packing:

@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import audit, ops, philox
-from .child import Packing, check_shape, fitting_mask
-from .exchange import add_children, adopted_mask, merged_groups, moved_state, read_state, without_children
+from .. import ops, philox
+from ..mask import ChildMask
+from ..names import named_parameters
+from ..ops import checks
+from ..ops.checks import require
+from . import introspection
+from .checkpoint import add_children, adopted_mask, merged_groups, moved_state, read_state, without_children
+from .gradients import GradientHooks, PackedGradients, StepInBackward
 from .groups import SAMPLED_CHILD, ParameterNames, Row, check_group
-from .hooks import GradientHooks, PackedGradients, StepInBackward
-from .mask import ChildMask
 from .memory import Memory, measure
-from .names import named_parameters
-from .ops import checks
-from .ops.checks import require
-from .plan import Plan
+from .packing import Packing, check_shape, fitting_mask
 from .state import LOW_PRECISION, STATE, StateLayout
+from .step import Plan
 
 _OWN = ("mask", "layout", "dialect", "decay", "state_dtype", "max_grad_norm", "requested_impl", "requested_state")
 _OWN += ("requested_low_precision", "pack_gradients", "fused_backward", "names", "_step_supports_amp_scaling")
@@ -218,11 +219,11 @@ class ChildAdamW(torch.optim.Optimizer):
             KeyError: no parameter has that name.
             ValueError: ``step`` is not a positive integer.
         """
-        return audit.mask_at(self, step, name)
+        return introspection.mask_at(self, step, name)
 
     def describe(self) -> str:
         """Return a table: per group, how many weights are trained and which share of the gradient reaches them."""
-        return audit.describe(self)
+        return introspection.describe(self)
 
     def memory(self) -> Memory:
         """Return the bytes that weights, gradients and state take now, by kind; `memory.predict` says it beforehand."""
@@ -407,7 +408,7 @@ class ChildAdamW(torch.optim.Optimizer):
         require("mask", None, self.mask is not None, "a ChildMask: without one every weight is trained")
         if isinstance(reference, nn.Module):
             reference = named_parameters(reference, remove_duplicate=False)
-        if found := audit.thawed(self, reference):
+        if found := introspection.thawed(self, reference):
             raise AssertionError(f"weights outside the child must equal the reference, but these many differ: {found}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

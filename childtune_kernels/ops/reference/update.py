@@ -24,17 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import philox
-from .reference_bits import MAX_DIGITS as MAX_DIGITS
-from .reference_bits import bernoulli_bits as bernoulli_bits
-from .reference_bits import overlap_bits as overlap_bits
-from .reference_bits import pack_bits as pack_bits
-from .reference_bits import popcount_bits as popcount_bits
-from .reference_bits import score_histogram as score_histogram
-from .reference_bits import score_keys as score_keys
-from .reference_bits import score_of_key as score_of_key
-from .reference_bits import threshold_bits as threshold_bits
-from .reference_bits import unpack_bits as unpack_bits
+from ... import philox
+from .bits import unpack_bits
 
 # Columns of the `hyper` table that every update op takes: float64, one row a parameter.
 HYPER_COLUMNS = (

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..files import replacing
-from ._text import Failed, Refused, brief
+from .text import Failed, Refused, brief
 
 # ---- types of flags -------------------------------------------------------------------------------------------------
 

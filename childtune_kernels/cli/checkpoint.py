@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ..fisher import causal_lm_loss, classification_loss, regression_loss
-from ._inputs import model_folder, refusing
-from ._task import classes_of
-from ._text import Refused, brief
+from .inputs import model_folder, refusing
+from .task import classes_of
+from .text import Refused, brief
 
 HEADS = {"classification": classification_loss, "regression": regression_loss, "causal-lm": causal_lm_loss}
 LENGTH = 128  # tokens a text, where neither the user nor the model says less

@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ._inputs import read_text
-from ._text import Refused
+from .inputs import read_text
+from .text import Refused
 
 KEYS = ("text", "text_pair", "label")
 _LARGEST = 3.4e38  # float32's, nearly

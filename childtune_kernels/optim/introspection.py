@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from . import ops, philox
-from .names import canonical, listed, matching
-from .ops.checks import require
+from .. import ops, philox
+from ..names import canonical, listed, matching
+from ..ops.checks import require
 
 
 def describe(optimizer) -> str:

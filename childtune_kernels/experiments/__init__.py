@@ -1,0 +1,1 @@
+"""Experiments: tasks, training, and fair comparisons of methods."""
