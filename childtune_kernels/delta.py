@@ -10,10 +10,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .errors import require
 from .files import Envelope, reading, write
 from .mask import ChildMask, digest_under
 from .names import canonical, listed, unwrapped
-from .ops.checks import require
 
 _FORMAT, _VERSION = "childtune_kernels.ChildDelta", "2"
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

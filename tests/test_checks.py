@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from childtune_kernels.errors import require
 from childtune_kernels.ops import checks
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -196,6 +197,6 @@ def test_the_shape_that_moments_must_have():
 
 
 def test_require_names_what_came():
-    checks.require("x", 3, True, "4")
+    require("x", 3, True, "4")
     with pytest.raises(ValueError, match="^x must be 4, got '3'$"):
-        checks.require("x", "3", False, "4")
+        require("x", "3", False, "4")

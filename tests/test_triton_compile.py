@@ -108,7 +108,6 @@ def check_update(rule, capability, param, state, tmp_path, beside=0, stochastic=
         STOCHASTIC=stochastic,
         PARAM_DTYPE=param,
         STATE_DTYPE=state,
-        INTERPRET=False,
         BLOCK=block,
         PART=part,
         SCALAR_PART=scalar_part,
@@ -139,7 +138,7 @@ def test_begin(capability, scaler, tmp_path):
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("grad", [FP32, BF16], ids=str)
 def test_square_accumulate(capability, grad, tmp_path):
-    constants = dict(GRAD_DTYPE=grad, INTERPRET=False, BLOCK=squares._BLOCK)
+    constants = dict(GRAD_DTYPE=grad, BLOCK=squares._BLOCK)
     signature = {**LAYOUT, "scale": "fp32"}
     ptx, usage = build(squares._square_accumulate_kernel, signature, constants, capability, 4, tmp_path)
     assert_ieee(ptx)
@@ -150,7 +149,7 @@ def test_square_accumulate(capability, grad, tmp_path):
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("add", [False, True], ids=["set", "add"])
 def test_gather(add, capability, tmp_path):
-    constants = dict(ADD=add, DTYPE=BF16, INTERPRET=False, BLOCK=gather._BLOCK)
+    constants = dict(ADD=add, DTYPE=BF16, BLOCK=gather._BLOCK)
     ptx, usage = build(gather._gather_kernel, LAYOUT, constants, capability, 4, tmp_path)
     assert_no_spills(usage, BUDGET)
     assert "ld.global.v4.b32" in ptx  # the indices
@@ -184,7 +183,7 @@ def test_overlap(capability, tmp_path):
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_selection(capability, dtype, tmp_path):
     count, pack = selection._count_kernel, selection._bits_kernel
-    constants = dict(DTYPE=dtype, INTERPRET=False)
+    constants = dict(DTYPE=dtype)
     signature = {**LAYOUT, "counts": "*i64", "shift": "i32", "n_bins": "i32"}
     sizes = dict(LANES=selection._LANES, STEPS=selection._STEPS)
     built = [build(count, signature, constants | sizes, capability, 4, tmp_path)]
@@ -209,7 +208,7 @@ def test_fisher_linear(capability, d, kind, tmp_path):
     for rows in (256, 4096):  # the small tile and the large one
         tile = fisher.tile(dtype, rows, 4096, 512, kind != "unaligned", 132, shared)
         constants = dict(
-            EVEN=kind == "even", INTERPRET=False, ROWS=tile.rows, COLUMNS=tile.columns, STEP=tile.step,
+            EVEN=kind == "even", ROWS=tile.rows, COLUMNS=tile.columns, STEP=tile.step,
             BAND=fisher._BAND,
         )  # fmt: skip
         signature = {"total": "*fp32", "d": f"*{d}", "x": f"*{d}", "x_example": "i32", "x_position": "i32"}
@@ -230,7 +229,7 @@ def test_fisher_linear(capability, d, kind, tmp_path):
 def test_fisher_columns(capability, has, tmp_path):
     given = {"plain_total": "*fp32", "factor": "*fp32"}
     signature = {"total": "*fp32", "d": "*bf16", "factor_example": "i32", "factor_position": "i32"} | FISHER_SIZES
-    constants = dict(INTERPRET=False, ROWS=128, COLUMNS=fisher._COLUMN_TILE)
+    constants = dict(ROWS=128, COLUMNS=fisher._COLUMN_TILE)
     constants |= {} if has else dict.fromkeys(given)
     kernel = fisher._fisher_columns_kernel
     _, usage = build(kernel, signature | (given if has else {}), constants, capability, 4, tmp_path, fused=True)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..ops.checks import require
+from ..errors import require
 
 _BATCHES = "batches of tensors whose first dimension is the example, as of a DataLoader with a collate function"
 

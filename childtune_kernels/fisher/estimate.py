@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.checks import require
+from ..errors import require
 from .batches import count_examples, require_batch
 from .exact import Exact, Losses, gradients, square_into, sum_dtype, zeros
 from .information import Fisher

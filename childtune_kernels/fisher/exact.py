@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..errors import require
 from ..names import named_parameters
-from ..ops.checks import require
 from .batches import count_examples, map_tensors, take, tensors_of
 from .precision import rounding
 from .restore import mode

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.checks import require
+from ..errors import require
 from .rules import wide
 
 LABELS = ("true", "sampled", "predicted")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import names as naming
-from ..ops.checks import require
+from ..errors import require
 
 # Heads that are pretrained with the rest; others, beside a base model, are made anew for a task.
 _PRETRAINED_HEAD = re.compile(r"For(PreTraining|Masked|CausalLM|ConditionalGeneration|NextSentence)|LMHead")

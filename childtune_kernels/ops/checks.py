@@ -13,12 +13,6 @@ from .reference import HYPER_COLUMNS, MAX_DIGITS
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def require(name: str, got: Any, ok: bool, expected: str) -> None:
-    """Raise ValueError, naming the argument, what was expected and what came, unless ``ok``."""
-    if not ok:
-        raise ValueError(f"{name} must be {expected}, got {got!r}")
-
-
 def check_gradient(label: str, grad: Tensor, param: Tensor) -> None:
     """Refuse a gradient that does not mirror its parameter.
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, philox
+from ..errors import require
 from ..mask import ChildMask
 from ..names import named_parameters
 from ..ops import checks
-from ..ops.checks import require
 from . import introspection
 from .checkpoint import add_children, adopted_mask, merged_groups, moved_state, read_state, without_children
 from .gradients import GradientHooks, PackedGradients, StepInBackward

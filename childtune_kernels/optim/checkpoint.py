@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import ops, philox
+from ..errors import require
 from ..mask import ChildMask
 from ..names import canonical, listed
-from ..ops.checks import require
 from .state import COMPANIONS, MOMENTS, StateLayout, dense
 
 CHILD = "child"

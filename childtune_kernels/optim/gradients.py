@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..errors import require
 from ..names import listed
 from ..ops import checks
-from ..ops.checks import require
 from .packing import check_shape
 from .step import Plan, group_sizes
 

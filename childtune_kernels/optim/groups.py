@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from .. import philox
+from ..errors import require
 from ..names import canonical, common_prefix, listed, unwrapped
-from ..ops.checks import require
 
 SAMPLED_CHILD = "1 where a mask is given, or the state packed: F inside D needs state='packed'"
 Row = tuple[Tensor, str, dict[str, Any]]  # parameter, name, group

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import ops, philox
+from ..errors import require
 from ..names import canonical, listed, matching
-from ..ops.checks import require
 
 
 def describe(optimizer) -> str:

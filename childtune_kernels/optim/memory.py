@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from ..ops.checks import require
+from ..errors import require
 from .gradients import TOGETHER
 from .state import COMPANIONS, LOW_PRECISION, STATE
 

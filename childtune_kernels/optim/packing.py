@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..errors import require
 from ..mask import ChildMask
-from ..ops.checks import require
 
 
 class Packing:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import ops, philox
+from ..errors import require
 from ..ops import checks
-from ..ops.checks import require
 from ..ops.tensors import Fixed
 from .groups import SAMPLED_CHILD, check_group, hyper_row
 from .packing import check_shape

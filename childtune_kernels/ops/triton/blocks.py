@@ -51,7 +51,6 @@ def dense_block(
     ALIGNED: tl.constexpr,
     GRAD_ALIGNED: tl.constexpr,
     FULL: tl.constexpr,
-    INTERPRET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Update one block; ``FULL`` says that no element of it lies outside the tensor, so that accesses vectorise."""
@@ -61,10 +60,10 @@ def dense_block(
         addresses, start, offsets, PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED
     )
     companion = pointer(addresses[4], tl.float32 if COMPANION == MASTER else PARAM_DTYPE, ALIGNED) + start + offsets
-    param, _ = load_weights(param_ptr, companion, inside, COMPANION, INTERPRET)
-    grad = widened(tl.load(grad_ptr, mask=inside), INTERPRET)
-    exp_avg = widened(tl.load(exp_avg_ptr, mask=inside), INTERPRET)
-    exp_avg_sq = widened(tl.load(exp_avg_sq_ptr, mask=inside), INTERPRET)
+    param, _ = load_weights(param_ptr, companion, inside, COMPANION)
+    grad = widened(tl.load(grad_ptr, mask=inside))
+    exp_avg = widened(tl.load(exp_avg_ptr, mask=inside))
+    exp_avg_sq = widened(tl.load(exp_avg_sq_ptr, mask=inside))
 
     g = grad * scalar(row, 0)
     step = tl.load(row + 11).to(tl.uint32)
@@ -75,9 +74,9 @@ def dense_block(
     param, exp_avg, exp_avg_sq = advance(param, g, exp_avg, exp_avg_sq, row)
 
     words = block_words(start, keys[1], step, 1, BLOCK) if STOCHASTIC else None
-    store_weights(param, param_ptr, companion, None, words, inside, COMPANION, STOCHASTIC, INTERPRET)
-    tl.store(exp_avg_ptr, rounded(exp_avg, STATE_DTYPE, INTERPRET), mask=inside)
-    tl.store(exp_avg_sq_ptr, rounded(exp_avg_sq, STATE_DTYPE, INTERPRET), mask=inside)
+    store_weights(param, param_ptr, companion, None, words, inside, COMPANION, STOCHASTIC)
+    tl.store(exp_avg_ptr, rounded(exp_avg, STATE_DTYPE), mask=inside)
+    tl.store(exp_avg_sq_ptr, rounded(exp_avg_sq, STATE_DTYPE), mask=inside)
 
 
 @triton.jit
@@ -93,7 +92,6 @@ def masked_block(
     ALIGNED: tl.constexpr,
     GRAD_ALIGNED: tl.constexpr,
     FULL: tl.constexpr,
-    INTERPRET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Update the child's share of one block. Groups of 4 elements without a child bit are not read.
@@ -117,10 +115,10 @@ def masked_block(
     param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr = _pointers(
         addresses, start, offsets, PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED
     )
-    old_param = widened(tl.load(param_ptr, mask=inside if DECAY_ALL else touched), INTERPRET)
-    grad = widened(tl.load(grad_ptr, mask=touched), INTERPRET)
-    exp_avg = widened(tl.load(exp_avg_ptr, mask=touched), INTERPRET)
-    exp_avg_sq = widened(tl.load(exp_avg_sq_ptr, mask=touched), INTERPRET)
+    old_param = widened(tl.load(param_ptr, mask=inside if DECAY_ALL else touched))
+    grad = widened(tl.load(grad_ptr, mask=touched))
+    exp_avg = widened(tl.load(exp_avg_ptr, mask=touched))
+    exp_avg_sq = widened(tl.load(exp_avg_sq_ptr, mask=touched))
 
     param, exp_avg, exp_avg_sq = advance(old_param, grad * scalar(row, 0), exp_avg, exp_avg_sq, row)
 
@@ -129,9 +127,9 @@ def masked_block(
         decayed = old_param + scalar(row, 9) * old_param
         param = tl.where(keep, param, decayed + scalar(row, 10) * decayed)
         written = inside
-    tl.store(param_ptr, rounded(param, PARAM_DTYPE, INTERPRET), mask=written)
-    tl.store(exp_avg_ptr, rounded(exp_avg, STATE_DTYPE, INTERPRET), mask=keep)
-    tl.store(exp_avg_sq_ptr, rounded(exp_avg_sq, STATE_DTYPE, INTERPRET), mask=keep)
+    tl.store(param_ptr, rounded(param, PARAM_DTYPE), mask=written)
+    tl.store(exp_avg_ptr, rounded(exp_avg, STATE_DTYPE), mask=keep)
+    tl.store(exp_avg_sq_ptr, rounded(exp_avg_sq, STATE_DTYPE), mask=keep)
 
 
 @triton.jit
@@ -150,7 +148,6 @@ def compact_block(
     ALIGNED: tl.constexpr,
     GRAD_ALIGNED: tl.constexpr,
     FULL: tl.constexpr,
-    INTERPRET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Update entries start .. start + BLOCK - 1 of a packed tensor of ``numel`` entries.
@@ -166,14 +163,14 @@ def compact_block(
     companion_ptr = pointer(companion, tl.float32 if COMPANION == MASTER else PARAM_DTYPE, ALIGNED) + start + offsets
     index = tl.load(pointer(child & ~GRAD_PACKED, tl.int32, ALIGNED) + start + offsets, mask=inside)
     param_ptr = pointer(param_address, PARAM_DTYPE, False) + index
-    old_param, stored = load_weights(param_ptr, companion_ptr, inside, COMPANION, INTERPRET)
-    old_exp_avg = widened(tl.load(exp_avg_ptr, mask=inside), INTERPRET)
-    old_exp_avg_sq = widened(tl.load(exp_avg_sq_ptr, mask=inside), INTERPRET)
+    old_param, stored = load_weights(param_ptr, companion_ptr, inside, COMPANION)
+    old_exp_avg = widened(tl.load(exp_avg_ptr, mask=inside))
+    old_exp_avg_sq = widened(tl.load(exp_avg_sq_ptr, mask=inside))
     if child & GRAD_PACKED:
         grad = tl.load(pointer(grad_address, PARAM_DTYPE, GRAD_ALIGNED) + start + offsets, mask=inside)
     else:
         grad = tl.load(pointer(grad_address, PARAM_DTYPE, False) + index, mask=inside)
-    g = widened(grad, INTERPRET) * scalar(row, 0)
+    g = widened(grad) * scalar(row, 0)
     step = tl.load(row + 11).to(tl.uint32)
     if BERNOULLI:
         keep = words_of(index, keys[0], step, 0) <= tl.load(row + 12).to(tl.uint32)
@@ -182,6 +179,6 @@ def compact_block(
     param, new_exp_avg, new_exp_avg_sq = advance(old_param, g, old_exp_avg, old_exp_avg_sq, row)
 
     words = words_of(index, keys[1], step, 1) if STOCHASTIC else None
-    store_weights(param, param_ptr, companion_ptr, stored, words, inside, COMPANION, STOCHASTIC, INTERPRET)
-    tl.store(exp_avg_ptr, rounded(new_exp_avg, STATE_DTYPE, INTERPRET), mask=inside)
-    tl.store(exp_avg_sq_ptr, rounded(new_exp_avg_sq, STATE_DTYPE, INTERPRET), mask=inside)
+    store_weights(param, param_ptr, companion_ptr, stored, words, inside, COMPANION, STOCHASTIC)
+    tl.store(exp_avg_ptr, rounded(new_exp_avg, STATE_DTYPE), mask=inside)
+    tl.store(exp_avg_sq_ptr, rounded(new_exp_avg_sq, STATE_DTYPE), mask=inside)

@@ -33,7 +33,6 @@ def _fisher_linear_kernel(
     x_example,
     x_position,
     EVEN: tl.constexpr,
-    INTERPRET: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
@@ -77,8 +76,8 @@ def _fisher_linear_kernel(
             d_tile = tl.load(d_ptr + d_at, mask=inside & own_rows, other=0.0)
             x_tile = tl.load(x_ptr + x_at, mask=inside & own_columns, other=0.0)
         if INTERPRET:  # its products take bfloat16 for integers
-            d_tile = widened(d_tile, INTERPRET)
-            x_tile = widened(x_tile, INTERPRET)
+            d_tile = widened(d_tile)
+            x_tile = widened(x_tile)
         gradient = tl.dot(tl.trans(d_tile), x_tile, gradient, input_precision="ieee")
         left -= 1
         if left == 0:  # the example ends
@@ -103,7 +102,6 @@ def _fisher_columns_kernel(
     d_position,
     factor_example,
     factor_position,
-    INTERPRET: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -125,12 +123,12 @@ def _fisher_columns_kernel(
         inside = (position < positions)[:, None] & own[None, :]
         at = position[:, None].to(tl.int64)
         value = tl.load(d + example * d_example + at * d_position + columns[None, :], mask=inside, other=0.0)
-        value = widened(value, INTERPRET)
+        value = widened(value)
         if plain_total is not None:
             plain += value
         if factor is not None:
             factor_ptr = factor + example * factor_example + at * factor_position + columns[None, :]
-            value = value * widened(tl.load(factor_ptr, mask=inside, other=0.0), INTERPRET)
+            value = value * widened(tl.load(factor_ptr, mask=inside, other=0.0))
         scaled += value
         if step % steps == steps - 1:
             gradient = tl.sum(scaled, axis=0)
@@ -200,7 +198,7 @@ def fisher_linear_(total, d, x) -> None:
     with on_device(d.device):
         _fisher_linear_kernel[(triton.cdiv(n_rows, size.rows) * triton.cdiv(n_columns, size.columns),)](
             total, d, x, examples, positions, n_rows, n_columns, *strides,
-            EVEN=even, INTERPRET=INTERPRET, ROWS=size.rows, COLUMNS=size.columns, STEP=size.step, BAND=_BAND,
+            EVEN=even, ROWS=size.rows, COLUMNS=size.columns, STEP=size.step, BAND=_BAND,
             num_warps=size.num_warps, num_stages=size.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -215,7 +213,7 @@ def fisher_columns_(total, d, factor=None, plain_total=None) -> None:
     with on_device(d.device):
         _fisher_columns_kernel[(triton.cdiv(n_columns, _COLUMN_TILE),)](
             total, plain_total, d, factor, examples, positions, n_columns, d.stride(0), d.stride(1), *strides,
-            INTERPRET=INTERPRET, ROWS=128, COLUMNS=_COLUMN_TILE, num_warps=4, enable_fp_fusion=True,
+            ROWS=128, COLUMNS=_COLUMN_TILE, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
 

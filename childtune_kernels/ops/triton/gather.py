@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..tensors import Fixed
-from .launch import INTERPRET, OPTIONS, TRITON_DTYPES, is_aligned, layout, locate, on_device, pointer, upload
+from .launch import OPTIONS, TRITON_DTYPES, is_aligned, layout, locate, on_device, pointer, upload
 from .rounding import rounded, widened
 
 _PACKED, _GRAD, _INDICES, _NUMEL = map(tl.constexpr, range(4))  # fields of the table
@@ -17,7 +17,7 @@ _BLOCK = 512
 @triton.jit
 def _gather_block(
     addresses, start, numel, ADD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
-    INTERPRET: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     packed, grad, indices = addresses
     offsets = tl.arange(0, BLOCK)
@@ -26,15 +26,15 @@ def _gather_block(
     packed_ptr = pointer(packed, DTYPE, ALIGNED) + start + offsets
     entries = tl.load(pointer(grad, DTYPE, False) + index, mask=inside)
     if ADD:
-        total = widened(tl.load(packed_ptr, mask=inside), INTERPRET) + widened(entries, INTERPRET)
-        entries = rounded(total, DTYPE, INTERPRET)
+        total = widened(tl.load(packed_ptr, mask=inside)) + widened(entries)
+        entries = rounded(total, DTYPE)
     tl.store(packed_ptr, entries, mask=inside)
 
 
 @triton.jit(do_not_specialize=["coarse_shift", "first_row", "n"])
 def _gather_kernel(
     table, first_block, coarse, coarse_shift, first_row, n,
-    ADD: tl.constexpr, DTYPE: tl.constexpr, INTERPRET: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """packed = grad[indices], or packed + that.
 
@@ -46,9 +46,9 @@ def _gather_kernel(
     numel = tl.load(field + _NUMEL * n)
     start = block * BLOCK
     if is_aligned(addresses[0], DTYPE) & is_aligned(addresses[2], tl.int32) & (start + BLOCK <= numel):
-        _gather_block(addresses, start, numel, ADD, DTYPE, True, True, INTERPRET, BLOCK)
+        _gather_block(addresses, start, numel, ADD, DTYPE, True, True, BLOCK)
     else:
-        _gather_block(addresses, start, numel, ADD, DTYPE, False, False, INTERPRET, BLOCK)
+        _gather_block(addresses, start, numel, ADD, DTYPE, False, False, BLOCK)
 
 
 def gather_child_(packed, grads, indices, add) -> None:
@@ -73,7 +73,6 @@ def gather_child_(packed, grads, indices, add) -> None:
                 n,
                 ADD=add,
                 DTYPE=TRITON_DTYPES[launch.dtypes[0]],
-                INTERPRET=INTERPRET,
                 BLOCK=_BLOCK,
                 **OPTIONS,
             )

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 _COARSE_ENTRIES = 4096
-INTERPRET = triton.knobs.runtime.interpret
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 
 # Arithmetic as written: no fused multiply-add, so that every implementation rounds alike.
 OPTIONS = {"enable_fp_fusion": False}

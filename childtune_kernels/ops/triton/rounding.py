@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launch import INTERPRET
+
 # What lies beside the weights of a launch: COMPENSATION of their dtype, or an fp32 MASTER.
 NO_COMPANION, COMPENSATION, MASTER = map(tl.constexpr, range(3))
 _MIN_NORMAL_HALF = tl.constexpr(2.0**-14)
@@ -15,7 +17,7 @@ _WITHIN = tl.constexpr(1 - 2.0**-8)
 
 
 @triton.jit
-def rounded(x, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+def rounded(x, DTYPE: tl.constexpr):
     """Round fp32 to DTYPE, to nearest even. Triton's interpreter would truncate to bfloat16."""
     if INTERPRET and DTYPE == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
@@ -26,7 +28,7 @@ def rounded(x, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def widened(x, INTERPRET: tl.constexpr):
+def widened(x):
     """Widen to fp32. Triton's interpreter gets bfloat16 subnormals wrong."""
     if INTERPRET and x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -34,7 +36,7 @@ def widened(x, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def rounded_stochastically(x, words, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+def rounded_stochastically(x, words, DTYPE: tl.constexpr):
     """Round fp32 to DTYPE, up with the probability of the distance; see `reference.round_stochastically`."""
     CUT: tl.constexpr = 16 if DTYPE == tl.bfloat16 else 13
     sign = x.to(tl.uint32, bitcast=True) & 0x80000000
@@ -44,21 +46,21 @@ def rounded_stochastically(x, words, DTYPE: tl.constexpr, INTERPRET: tl.constexp
     result = bits.to(tl.float32, bitcast=True) - shift
     result = (result.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     finite = (x.to(tl.uint32, bitcast=True) & 0x7F800000) != 0x7F800000
-    return rounded(tl.where(finite, result, x), DTYPE, INTERPRET)
+    return rounded(tl.where(finite, result, x), DTYPE)
 
 
 @triton.jit
-def load_weights(param_ptr, companion_ptr, inside, COMPANION: tl.constexpr, INTERPRET: tl.constexpr):
+def load_weights(param_ptr, companion_ptr, inside, COMPANION: tl.constexpr):
     """Return the fp32 weights, wherever their bits are, and what is stored; see `reference.standing_weights`."""
     DTYPE: tl.constexpr = param_ptr.dtype.element_ty
     stored = tl.load(param_ptr, mask=inside)
-    param = widened(stored, INTERPRET)
+    param = widened(stored)
     if COMPANION == MASTER:
         master = tl.load(companion_ptr, mask=inside)
-        param = tl.where(widened(rounded(master, DTYPE, INTERPRET), INTERPRET) == param, master, param)
+        param = tl.where(widened(rounded(master, DTYPE)) == param, master, param)
     elif COMPANION == COMPENSATION:
-        exact = param + widened(tl.load(companion_ptr, mask=inside), INTERPRET)
-        param = tl.where(widened(rounded(exact, DTYPE, INTERPRET), INTERPRET) == param, exact, param)
+        exact = param + widened(tl.load(companion_ptr, mask=inside))
+        param = tl.where(widened(rounded(exact, DTYPE)) == param, exact, param)
     return param, stored
 
 
@@ -74,18 +76,18 @@ def changed(new, stored, inside):
 
 
 @triton.jit
-def _left_over(x, near, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+def _left_over(x, near, DTYPE: tl.constexpr):
     """Return what rounding left over; see `reference.left_over`."""
-    left = rounded(x - near, DTYPE, INTERPRET)
-    wide = widened(left, INTERPRET)
-    again = widened(rounded(near + wide, DTYPE, INTERPRET), INTERPRET)
-    return tl.where(again == near, left, rounded(wide * _WITHIN, DTYPE, INTERPRET))
+    left = rounded(x - near, DTYPE)
+    wide = widened(left)
+    again = widened(rounded(near + wide, DTYPE))
+    return tl.where(again == near, left, rounded(wide * _WITHIN, DTYPE))
 
 
 @triton.jit
 def store_weights(
     param, param_ptr, companion_ptr, stored, words, inside,
-    COMPANION: tl.constexpr, STOCHASTIC: tl.constexpr, INTERPRET: tl.constexpr,
+    COMPANION: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """Round fp32 weights into their tensor, and what that loses into their companion.
 
@@ -94,12 +96,12 @@ def store_weights(
     DTYPE: tl.constexpr = param_ptr.dtype.element_ty
     SPARSE: tl.constexpr = stored is not None and DTYPE != tl.float32
     if STOCHASTIC:
-        new = rounded_stochastically(param, words, DTYPE, INTERPRET)
+        new = rounded_stochastically(param, words, DTYPE)
         tl.store(param_ptr, new, mask=changed(new, stored, inside) if SPARSE else inside)
     else:
-        near = rounded(param, DTYPE, INTERPRET)
+        near = rounded(param, DTYPE)
         tl.store(param_ptr, near, mask=changed(near, stored, inside) if SPARSE else inside)
         if COMPANION == MASTER:
             tl.store(companion_ptr, param, mask=inside)
         elif COMPANION == COMPENSATION:
-            tl.store(companion_ptr, _left_over(param, widened(near, INTERPRET), DTYPE, INTERPRET), mask=inside)
+            tl.store(companion_ptr, _left_over(param, widened(near), DTYPE), mask=inside)

@@ -40,7 +40,6 @@ def _count_block(
     shift,
     DTYPE: tl.constexpr,
     WHOLE: tl.constexpr,
-    INTERPRET: tl.constexpr,
     LANES: tl.constexpr,
     STEPS: tl.constexpr,
 ):
@@ -57,12 +56,12 @@ def _count_block(
     for step in range(STEPS):
         offsets = step * LANES + tl.arange(0, LANES)
         if WHOLE:
-            score = widened(tl.load(scores + offsets), INTERPRET)
+            score = widened(tl.load(scores + offsets))
             counted = score == score
             nans += (score != score).to(tl.int32)
         else:
             inside = offsets < numel - start
-            score = widened(tl.load(scores + offsets, mask=inside, other=0.0), INTERPRET)
+            score = widened(tl.load(scores + offsets, mask=inside, other=0.0))
             counted = inside & (score == score)
             nans += (score != score).to(tl.int32)
         digit = ((_score_keys(score) - first) >> shift) - base  # others wrap around, or are too large
@@ -89,7 +88,6 @@ def _count_kernel(
     shift,
     n_bins,
     DTYPE: tl.constexpr,
-    INTERPRET: tl.constexpr,
     LANES: tl.constexpr,
     STEPS: tl.constexpr,
 ):
@@ -104,9 +102,9 @@ def _count_kernel(
     base = tl.program_id(1) * _BINS
     wide_base, wide_shift = base.to(tl.uint32), shift.to(tl.uint32)
     if is_aligned(tl.load(field + _SCORES * n), DTYPE) & (start + LANES * STEPS <= numel):
-        found, nans = _count_block(field, n, start, numel, wide_base, wide_shift, DTYPE, True, INTERPRET, LANES, STEPS)
+        found, nans = _count_block(field, n, start, numel, wide_base, wide_shift, DTYPE, True, LANES, STEPS)
     else:
-        found, nans = _count_block(field, n, start, numel, wide_base, wide_shift, DTYPE, False, INTERPRET, LANES, STEPS)
+        found, nans = _count_block(field, n, start, numel, wide_base, wide_shift, DTYPE, False, LANES, STEPS)
     row = counts + tl.load(field + _ROW * n) * (n_bins + 1)
     bins = base + tl.arange(0, _BINS)
     tl.atomic_add(row + bins, found, mask=(bins < n_bins) & (found > 0), sem="relaxed")
@@ -123,7 +121,6 @@ def _pack_block(
     DTYPE: tl.constexpr,
     LOWEST: tl.constexpr,
     WHOLE: tl.constexpr,
-    INTERPRET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     offsets = start + tl.arange(0, BLOCK)
@@ -132,9 +129,9 @@ def _pack_block(
     words = pointer(tl.load(field + _WORDS * n), tl.int32, False)
     score_ptr = pointer(tl.load(field + _SCORES * n), DTYPE, WHOLE) + offsets
     if WHOLE:
-        score = widened(tl.load(score_ptr), INTERPRET)
+        score = widened(tl.load(score_ptr))
     else:
-        score = widened(tl.load(score_ptr, mask=offsets < numel, other=0.0), INTERPRET)
+        score = widened(tl.load(score_ptr, mask=offsets < numel, other=0.0))
 
     beyond = score < threshold if LOWEST else score > threshold
     store_bits(words, start, beyond | ((score == threshold) & (offsets < tie_end)), numel, BLOCK)
@@ -150,7 +147,6 @@ def _bits_kernel(
     n,
     DTYPE: tl.constexpr,
     LOWEST: tl.constexpr,
-    INTERPRET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """grid: (total blocks,)"""
@@ -159,9 +155,9 @@ def _bits_kernel(
     start = block * BLOCK
     numel = tl.load(field + _NUMEL * n)
     if is_aligned(tl.load(field + _SCORES * n), DTYPE) & (start + BLOCK <= numel):
-        _pack_block(field, n, start, numel, DTYPE, LOWEST, True, INTERPRET, BLOCK)
+        _pack_block(field, n, start, numel, DTYPE, LOWEST, True, BLOCK)
     else:
-        _pack_block(field, n, start, numel, DTYPE, LOWEST, False, INTERPRET, BLOCK)
+        _pack_block(field, n, start, numel, DTYPE, LOWEST, False, BLOCK)
 
 
 def _launches(scores: Fixed, block: int, *fields: np.ndarray):
@@ -190,7 +186,6 @@ def score_histogram(scores, firsts, shift, digits) -> Tensor:
                 shift,
                 n_bins,
                 DTYPE=dtype,
-                INTERPRET=INTERPRET,
                 LANES=_LANES,
                 STEPS=_STEPS,
                 **OPTIONS,
@@ -209,5 +204,5 @@ def threshold_bits(scores, thresholds, tie_ends, lowest=False) -> Tensor:
     with on_device(device):
         fields = (addresses, threshold_words, np.array(tie_ends, np.int64))
         for n_blocks, tables, dtype in _launches(scores, _BLOCK, *fields):
-            _bits_kernel[(n_blocks,)](*tables, DTYPE=dtype, LOWEST=lowest, INTERPRET=INTERPRET, BLOCK=_BLOCK, **OPTIONS)
+            _bits_kernel[(n_blocks,)](*tables, DTYPE=dtype, LOWEST=lowest, BLOCK=_BLOCK, **OPTIONS)
     return words

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..tensors import Fixed
-from .launch import INTERPRET, OPTIONS, TRITON_DTYPES, is_aligned, layout, locate, on_device, pointer, upload
+from .launch import OPTIONS, TRITON_DTYPES, is_aligned, layout, locate, on_device, pointer, upload
 from .rounding import widened
 
 _ACCUMULATOR, _GRAD, _NUMEL = map(tl.constexpr, range(3))  # fields of the table
@@ -25,7 +25,6 @@ def _square_block(
     ALIGNED: tl.constexpr,
     GRAD_ALIGNED: tl.constexpr,
     FULL: tl.constexpr,
-    INTERPRET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     offsets = tl.arange(0, BLOCK)
@@ -33,7 +32,7 @@ def _square_block(
     total_ptr = pointer(tl.load(field + _ACCUMULATOR * n), tl.float32, ALIGNED) + start + offsets
     grad_ptr = pointer(tl.load(field + _GRAD * n), GRAD_DTYPE, GRAD_ALIGNED) + start + offsets
     total = tl.load(total_ptr, mask=inside)
-    grad = widened(tl.load(grad_ptr, mask=inside), INTERPRET)
+    grad = widened(tl.load(grad_ptr, mask=inside))
 
     total = total + (grad * grad) * scale
 
@@ -50,7 +49,6 @@ def _square_accumulate_kernel(
     n,
     scale,
     GRAD_DTYPE: tl.constexpr,
-    INTERPRET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """accumulator += grad**2 * scale.
@@ -63,11 +61,11 @@ def _square_accumulate_kernel(
     numel = tl.load(field + _NUMEL * n)
     if is_aligned(tl.load(field + _ACCUMULATOR * n), tl.float32) & (start + BLOCK <= numel):
         if is_aligned(tl.load(field + _GRAD * n), GRAD_DTYPE):
-            _square_block(field, n, start, numel, scale, GRAD_DTYPE, True, True, True, INTERPRET, BLOCK)
+            _square_block(field, n, start, numel, scale, GRAD_DTYPE, True, True, True, BLOCK)
         else:
-            _square_block(field, n, start, numel, scale, GRAD_DTYPE, True, False, True, INTERPRET, BLOCK)
+            _square_block(field, n, start, numel, scale, GRAD_DTYPE, True, False, True, BLOCK)
     else:
-        _square_block(field, n, start, numel, scale, GRAD_DTYPE, False, False, False, INTERPRET, BLOCK)
+        _square_block(field, n, start, numel, scale, GRAD_DTYPE, False, False, False, BLOCK)
 
 
 def square_accumulate_(accumulators, grads, scale) -> None:
@@ -92,7 +90,6 @@ def square_accumulate_(accumulators, grads, scale) -> None:
                 n,
                 scale,
                 GRAD_DTYPE=TRITON_DTYPES[launch.dtypes[0]],
-                INTERPRET=INTERPRET,
                 BLOCK=_BLOCK,
                 **OPTIONS,
             )

@@ -37,7 +37,6 @@ def _update_block(
     ALIGNED: tl.constexpr,
     GRAD_ALIGNED: tl.constexpr,
     FULL: tl.constexpr,
-    INTERPRET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     MASKED: tl.constexpr = RULE == _CHILD or RULE == _CHILD_DECAY_ALL
@@ -49,17 +48,17 @@ def _update_block(
     if whole:
         dense_block(
             addresses, keys, row, start, numel, BERNOULLI, COMPANION, STOCHASTIC,
-            PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED, FULL, INTERPRET, BLOCK,
+            PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED, FULL, BLOCK,
         )  # fmt: skip
     elif MASKED:
         masked_block(
             addresses, child, row, start, numel, RULE == _CHILD_DECAY_ALL,
-            PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED, FULL, INTERPRET, BLOCK,
+            PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED, FULL, BLOCK,
         )  # fmt: skip
     elif COMPACT:
         compact_block(
             addresses, keys, child, row, start, numel, BERNOULLI, COMPANION, STOCHASTIC,
-            PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED, FULL, INTERPRET, BLOCK,
+            PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED, FULL, BLOCK,
         )  # fmt: skip
 
 
@@ -77,7 +76,6 @@ def _update_kernel(
     STOCHASTIC: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
-    INTERPRET: tl.constexpr,
     BLOCK: tl.constexpr,
     PART: tl.constexpr,
     SCALAR_PART: tl.constexpr,
@@ -120,19 +118,19 @@ def _update_kernel(
                 if is_aligned(addresses[1], PARAM_DTYPE):
                     _update_block(
                         addresses, keys, child, row, first, numel, RULE, BESIDE, STOCHASTIC,
-                        PARAM_DTYPE, STATE_DTYPE, True, True, True, INTERPRET, PART,
+                        PARAM_DTYPE, STATE_DTYPE, True, True, True, PART,
                     )  # fmt: skip
                 else:
                     _update_block(
                         addresses, keys, child, row, first, numel, RULE, BESIDE, STOCHASTIC,
-                        PARAM_DTYPE, STATE_DTYPE, True, False, True, INTERPRET, PART,
+                        PARAM_DTYPE, STATE_DTYPE, True, False, True, PART,
                     )  # fmt: skip
             else:  # one element a thread at a time: scalar accesses to a whole part would double the registers
                 for element in range(0, PART, SCALAR_PART):
                     if first + element < numel:
                         _update_block(
                             addresses, keys, child, row, first + element, numel, RULE, BESIDE, STOCHASTIC,
-                            PARAM_DTYPE, STATE_DTYPE, False, False, False, INTERPRET, SCALAR_PART,
+                            PARAM_DTYPE, STATE_DTYPE, False, False, False, SCALAR_PART,
                         )  # fmt: skip
 
 
@@ -208,7 +206,6 @@ def _run(rule, lists, keys, children, companions, rounding_keys, lrs, grad_scale
                 STOCHASTIC=bool(rounding_keys) and beside is None and param_dtype != torch.float32,
                 PARAM_DTYPE=TRITON_DTYPES[param_dtype],
                 STATE_DTYPE=TRITON_DTYPES[state_dtype],
-                INTERPRET=INTERPRET,
                 BLOCK=block,
                 PART=part,
                 SCALAR_PART=part if INTERPRET else scalar_part,  # interpreting costs 15 ms a piece
