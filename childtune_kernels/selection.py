@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import ops, philox
 from .ops import checks
-from .ops.tensors import Fixed
+from .ops.tensors import TensorList
 
 _KEY_BITS = 32  # as many as a word of the mask stream
 _PIECES = 256  # parts of a tensor that are counted in one launch on the way to its last included tie
@@ -133,7 +133,7 @@ class _Scores:
             # csrc takes 3 histograms where Triton takes 8: 335 M scores in 3.0 ms instead of 7.2, H200
             compiled = impl == "auto" and ops.unavailable("csrc", device.type) is None
             kernels = ops.implementation("csrc" if compiled else impl, device.type)
-            self.parts.append((kernels, rows, Fixed(self.tensors[i] for i in rows)))
+            self.parts.append((kernels, rows, TensorList(self.tensors[i] for i in rows)))
         self.digits = min(kernels.digits for kernels, _, _ in self.parts)
 
     def histogram(self, firsts: np.ndarray, shift: int, digits: int, *, together: bool = False) -> np.ndarray:

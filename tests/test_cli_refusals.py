@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from childtune_kernels import ChildDelta, ChildMask
-from childtune_kernels.cli import COMMANDS, _inputs, bench, doctor, main
+from childtune_kernels.cli import COMMANDS, bench, doctor, inputs, main
 from childtune_kernels.cli import fisher as fisher_command
 
 transformers = pytest.importorskip("transformers")
@@ -227,7 +227,7 @@ def test_a_read_only_file_is_not_replaced(monkeypatch, refused):
     def read_only(path, mode):  # what everybody but the superuser gets
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(_inputs, "open", read_only, raising=False)
+    monkeypatch.setattr(inputs, "open", read_only, raising=False)
     refused(["fisher", "three", "task.jsonl", "--out", "mask.safetensors"], "expected a file that can be written")
 
 

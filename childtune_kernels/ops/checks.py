@@ -96,7 +96,7 @@ def check_update(
         if extra.get("companions"):
             check_companion(f"companions[{i}]", extra["companions"][i], param, shape)
         if extra.get("lrs"):
-            _check_scalar(f"lrs[{i}]", extra["lrs"][i], param.device)
+            check_scalar(f"lrs[{i}]", extra["lrs"][i], param.device)
         for name, value in (("params", param), ("grads", grads[i])):
             if not value.is_contiguous():
                 raise RuntimeError(f"{name}[{i}] must be contiguous, got strides {value.stride()}")
@@ -104,14 +104,25 @@ def check_update(
             check_words(f"mask_words[{i}]", extra["mask_words"][i], param)
     for name in ("grad_scale", "found_inf", "grad_norm"):
         if params and extra.get(name) is not None:
-            _check_scalar(name, extra[name], params[0].device)
+            check_scalar(name, extra[name], params[0].device)
+
+
+def check_table(label: str, table: Tensor, rows: int, columns: int) -> None:
+    """Refuse a table of hyper-parameters of another form."""
+    if (table.dtype, table.shape, table.device.type) != (torch.float64, (rows, columns), "cpu"):
+        raise RuntimeError(
+            f"{label} must be a float64 CPU tensor of {rows} rows and {columns} columns, "
+            f"got {table.dtype} {tuple(table.shape)} on {table.device}"
+        )
+    if not table.is_contiguous():
+        raise RuntimeError(f"{label} must be contiguous, got strides {table.stride()}")
 
 
 def check_state(
     label: str, param: Tensor, step: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, shape: tuple[int, ...] | None = None
 ) -> None:
     """Refuse optimizer state that does not fit its parameter; ``shape``: of the moments, by default the parameter's."""
-    _check_scalar(f"{label}: step", step, param.device, torch.float64)
+    check_scalar(f"{label}: step", step, param.device, torch.float64)
     _check_like(f"{label}: exp_avg", exp_avg, param, WEIGHT_DTYPES, shape)
     _check_like(f"{label}: exp_avg_sq", exp_avg_sq, param, (exp_avg.dtype,), shape)
 
@@ -290,7 +301,7 @@ def _check_like(
         raise RuntimeError(f"{label} must be contiguous, got strides {value.stride()}")
 
 
-def _check_scalar(label: str, value: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+def check_scalar(label: str, value: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
     if value.dtype != dtype or value.numel() != 1 or value.device != device:
         expected = str(dtype).removeprefix("torch.")
         raise RuntimeError(

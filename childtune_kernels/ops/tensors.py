@@ -1,9 +1,9 @@
-"""Lists that launchers may look through once, and what must be as it was before they may be used again."""
+"""Lists of tensors whose addresses, sizes and dtypes are computed once, and what must be as it was to use them again."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cached_property
 from importlib import import_module
 from operator import attrgetter
@@ -42,17 +42,25 @@ def addresses(tensors: list[Tensor]) -> np.ndarray:
     return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
 
 
-class Fixed(list):
-    """A list whose entries stay as they are while it exists, so that what a kernel needs of them is derived once.
+class TensorList(list):
+    """A list of tensors whose addresses, sizes and dtypes are computed once.
 
-    The holder vouches for it, and `renew` is how: between two steps a tensor may have been given other data, sizes,
-    strides or another dtype, all with the same object (``tensor.data = ...``).
+    The caller must not change the tensors' forms meanwhile, and `renew` says whether they are what they were: between
+    two steps a tensor may have been given other data, sizes, strides or another dtype, all with the same object
+    (``tensor.data = ...``).
     """
 
     @classmethod
-    def of(cls, values: Iterable) -> Fixed:
-        """Return ``values`` themselves if they are fixed already, else a fixed copy."""
+    def of(cls, values: Iterable[Tensor]) -> TensorList:
+        """Return ``values`` themselves if they are such a list already, else a copy that is."""
         return values if isinstance(values, cls) else cls(values)
+
+    @classmethod
+    def formed(cls, tensors: Iterable[Tensor]) -> TensorList:
+        """Return a list that knows the forms which its tensors have now."""
+        result = cls(tensors)
+        _ = result.forms
+        return result
 
     def renew(self, tensors: list[Tensor]) -> bool:
         """Take these tensors in place of the present ones if they have the same forms; return whether they do."""
@@ -65,13 +73,6 @@ class Fixed(list):
         """Take tensors of the same sizes and dtypes in place of the present ones; none, to let go of those."""
         self[:] = tensors
         self.__dict__.pop("addresses", None)
-
-    def derive(self, name: str, partner: Fixed, make: Callable[[], Any]) -> Any:
-        """Return ``make()``, made once as long as it is asked for with the same partner list."""
-        kept = self.__dict__.get(name)
-        if kept is None or kept[0] is not partner:
-            kept = self.__dict__[name] = (partner, make())
-        return kept[1]
 
     @cached_property
     def forms(self) -> Any:
@@ -106,7 +107,16 @@ class Fixed(list):
         """The tensors' dtypes."""
         return [tensor.dtype for tensor in self]
 
+
+class IntList(list):
+    """A list of signed 64-bit integers, stream keys for example, whose array is made once."""
+
+    @classmethod
+    def of(cls, values: Iterable[int]) -> IntList:
+        """Return ``values`` themselves if they are such a list already, else a copy that is."""
+        return values if isinstance(values, cls) else cls(values)
+
     @cached_property
-    def words(self) -> np.ndarray:
-        """The list's integers, int64 [n]."""
+    def array(self) -> np.ndarray:
+        """The integers as int64 [n]."""
         return np.array(self, np.int64)

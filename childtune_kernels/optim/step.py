@@ -6,7 +6,6 @@ with those that were checked. The optimizer's host time is spent here; see `ops.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from operator import is_, itemgetter
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from .. import ops, philox
 from ..errors import require
 from ..ops import checks
-from ..ops.tensors import Fixed
+from ..ops.tensors import IntList, TensorList
 from .groups import SAMPLED_CHILD, check_group, hyper_row
 from .packing import check_shape
 from .state import STATE
@@ -97,24 +96,24 @@ def group_sizes(optimizer) -> list[int]:
 class _Batch:
     """One op call: the parameters of one device.
 
-    Its lists of tensors are `Fixed` and have been checked; each step `Fixed.renew`s them.
+    Its lists of tensors are `TensorList` and have been checked; each step `TensorList.renew`s them.
     """
 
     def __init__(self, optimizer, device: torch.device, members: list[tuple[Tensor, str, int]]):
         self.device = device
         params, self.names, self.group_of = map(list, zip(*members, strict=True))
-        self.params = _fixed(params)
+        self.params = TensorList.formed(params)
         self.kernels = ops.implementation(optimizer.requested_impl, device.type)
         self.straight = all(p.is_contiguous() and not p.is_neg() for p in params)
         self.has_16_bit = any(p.dtype != torch.float32 for p in params)
         self.holders = [*map(optimizer.gradient_holder, params)]
         self.mask_words = self.indices = None
         if optimizer.packing is not None:
-            self.indices = _fixed(optimizer.packing.indices(n, device) for n in self.names)
+            self.indices = TensorList.formed(optimizer.packing.indices(n, device) for n in self.names)
         elif optimizer.mask is not None:
             none = torch.empty(0, dtype=torch.int32, device=device)  # no words: the whole tensor is in the child
             mask = optimizer.mask
-            self.mask_words = _fixed(mask.words(n).to(device) if n in mask else none for n in self.names)
+            self.mask_words = TensorList.formed(mask.words(n).to(device) if n in mask else none for n in self.names)
         self.take_gradients([holder.grad for holder in self.holders])
         self.rows: list | None = None
         self.seeds: list | None = None
@@ -142,7 +141,7 @@ class _Batch:
         if seeds != self.seeds:
             _check_groups(groups)  # of all groups: a plan inside backward has the seed of one only
             own = zip(self.group_of, self.names, strict=True)
-            self.keys = Fixed(philox.stream_key(seeds[g], name) for g, name in own)
+            self.keys = IntList(philox.stream_key(seeds[g], name) for g, name in own)
             self.seeds = seeds
         self.lrs = []
         if any([isinstance(g["lr"], Tensor) and g["lr"].is_cuda for g in groups]):
@@ -153,7 +152,9 @@ class _Batch:
         """Check the state of all parameters and take it in."""
         layout = optimizer.layout
         self.states = [optimizer.state[p] for p in self.params]
-        self.steps, self.exp_avgs, self.exp_avg_sqs = (_fixed(map(itemgetter(k), self.states)) for k in STATE)
+        self.steps, self.exp_avgs, self.exp_avg_sqs = (
+            TensorList.formed(map(itemgetter(k), self.states)) for k in STATE
+        )
         for name, *tensors in zip(self.names, self.params, self.steps, self.exp_avgs, self.exp_avg_sqs, strict=True):
             checks.check_state(f"state of {name!r}", *tensors, layout.shape(name, tensors[0]))
         for name, index, param, moment in zip(self.names, self.indices or (), self.params, self.exp_avgs, strict=False):
@@ -164,7 +165,7 @@ class _Batch:
         keys = [layout.companion_key(p) for p in self.params]
         self.none = torch.empty(0, dtype=torch.float32, device=self.device)
         self.companion_keys = keys if any(keys) else []
-        self.companions = _fixed(self._companions())
+        self.companions = TensorList.formed(self._companions())
         for name, param, companion in zip(self.names, self.params, self.companions, strict=False):
             checks.check_companion(f"companion of {name!r}", companion, param, layout.shape(name, param))
 
@@ -175,7 +176,7 @@ class _Batch:
 
     def take_gradients(self, grads: list[Tensor]) -> None:
         """Take gradients that have been checked in, as they must lie for the kernels: row by row, signs resolved."""
-        self.grads = _fixed(grads)
+        self.grads = TensorList.formed(grads)
         self.as_they_lie = all(grad.is_contiguous() and not grad.is_neg() for grad in grads)
         self._straighten()
 
@@ -241,10 +242,3 @@ def _scalar_on(device: torch.device, lr: float | Tensor) -> Tensor:
     if isinstance(lr, Tensor) and lr.is_cuda:
         return lr.to(device, torch.float32).view(())
     return torch.full((), float(lr), dtype=torch.float32, device=device)
-
-
-def _fixed(tensors: Iterable[Tensor]) -> Fixed:
-    """Return a list that knows the forms which its tensors have now."""
-    fixed = Fixed(tensors)
-    _ = fixed.forms
-    return fixed

@@ -6,7 +6,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from ..tensors import Fixed
+from ..tensors import TensorList
 from .launch import OPTIONS, TRITON_DTYPES, is_aligned, layout, locate, on_device, pointer, upload
 from .rounding import rounded, widened
 
@@ -56,7 +56,7 @@ def gather_child_(packed, grads, indices, add) -> None:
     if not packed:
         return
     device, n = packed[0].device, len(packed)
-    packed, grads, indices = map(Fixed.of, (packed, grads, indices))
+    packed, grads, indices = map(TensorList.of, (packed, grads, indices))
     plan = layout(device, _BLOCK, packed.numels, tuple((dtype,) for dtype in grads.dtypes))
     host = np.stack((packed.addresses, grads.addresses, indices.addresses, plan.numels))
     if plan.order is not None:

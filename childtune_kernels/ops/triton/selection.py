@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tensors import Fixed
+from ..tensors import TensorList
 from .bits import store_bits
 from .launch import INTERPRET, OPTIONS, TRITON_DTYPES, is_aligned, layout, locate, on_device, pointer, upload
 from .rounding import widened
@@ -160,7 +160,7 @@ def _bits_kernel(
         _pack_block(field, n, start, numel, DTYPE, LOWEST, False, BLOCK)
 
 
-def _launches(scores: Fixed, block: int, *fields: np.ndarray):
+def _launches(scores: TensorList, block: int, *fields: np.ndarray):
     """Yield, for each dtype, the grid's length, a kernel's first arguments and its dtype; ``fields`` follow the two
     that all tables start with."""
     device = scores[0].device
@@ -174,7 +174,7 @@ def _launches(scores: Fixed, block: int, *fields: np.ndarray):
 
 def score_histogram(scores, firsts, shift, digits) -> Tensor:
     """Launch `reference.score_histogram`."""
-    scores, n_bins = Fixed.of(scores), 1 << digits
+    scores, n_bins = TensorList.of(scores), 1 << digits
     device = scores[0].device
     counts = torch.zeros((len(scores), n_bins + 1), dtype=torch.int64, device=device)
     with on_device(device):
@@ -195,7 +195,7 @@ def score_histogram(scores, firsts, shift, digits) -> Tensor:
 
 def threshold_bits(scores, thresholds, tie_ends, lowest=False) -> Tensor:
     """Launch `reference.threshold_bits`."""
-    scores = Fixed.of(scores)
+    scores = TensorList.of(scores)
     device = scores[0].device
     starts = np.concatenate(([0], np.cumsum([(numel + 31) // 32 for numel in scores.numels])))
     words = torch.empty(int(starts[-1]), dtype=torch.int32, device=device)

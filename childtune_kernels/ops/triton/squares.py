@@ -6,7 +6,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from ..tensors import Fixed
+from ..tensors import TensorList
 from .launch import OPTIONS, TRITON_DTYPES, is_aligned, layout, locate, on_device, pointer, upload
 from .rounding import widened
 
@@ -73,7 +73,7 @@ def square_accumulate_(accumulators, grads, scale) -> None:
     if not accumulators:
         return
     device, n = accumulators[0].device, len(accumulators)
-    accumulators, grads = Fixed.of(accumulators), Fixed.of(grads)
+    accumulators, grads = TensorList.of(accumulators), TensorList.of(grads)
     plan = layout(device, _BLOCK, accumulators.numels, tuple((dtype,) for dtype in grads.dtypes))
     host = np.stack((accumulators.addresses, grads.addresses, plan.numels))
     if plan.order is not None:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..reference import HYPER_COLUMNS
-from ..tensors import Fixed
+from ..tensors import IntList, TensorList
 from .adamw import CHILD, COMPANION, EXP_AVG, EXP_AVG_SQ, GRAD, KEY, NUMEL, PARAM, ROUNDING_KEY, SCALARS, begin_kernel
 from .blocks import GRAD_PACKED, compact_block, dense_block, masked_block
 from .launch import INTERPRET, OPTIONS, TRITON_DTYPES, is_aligned, layout, locate, on_device, upload
@@ -164,8 +164,8 @@ def _run(rule, lists, keys, children, companions, rounding_keys, lrs, grad_scale
     if not lists[0]:
         return
     hyper = lists[-1]
-    params, grads, exp_avgs, exp_avg_sqs, steps = tensors = [Fixed.of(values) for values in lists[:-1]]
-    companions = Fixed.of(companions)
+    params, grads, exp_avgs, exp_avg_sqs, steps = tensors = [TensorList.of(values) for values in lists[:-1]]
+    companions = TensorList.of(companions)
     device, n = params[0].device, len(params)
     block, part, scalar_part, num_warps = _sizes(rule, bool(companions) or bool(rounding_keys))
     compact = rule in (_COMPACT.value, _COMPACT_BERNOULLI.value)
@@ -176,11 +176,11 @@ def _run(rule, lists, keys, children, companions, rounding_keys, lrs, grad_scale
         kinds = zip(params.dtypes, exp_avgs.dtypes, beside, strict=True)
         return layout(device, block, exp_avgs.numels, tuple(kinds))
 
-    plan = params.derive(f"layout of {block} with {len(companions)} companions", exp_avgs, lay_out)
+    plan = lay_out()
     none = np.zeros(n, np.int64)
     fields = [values.addresses for values in tensors[:-1]] + [companions.addresses if companions else none]
-    fields += [steps.addresses, Fixed.of(lrs).addresses if lrs else none]
-    fields += [Fixed.of(k).words if k else none for k in (keys, rounding_keys)]
+    fields += [steps.addresses, TensorList.of(lrs).addresses if lrs else none]
+    fields += [IntList.of(k).array if k else none for k in (keys, rounding_keys)]
     fields += [none if children is None else children, plan.numels]
     host = np.concatenate((fields, hyper.numpy().view(np.int64).T))
     if plan.order is not None:
@@ -239,7 +239,7 @@ def adamw_masked_(
     """Launch `reference.adamw_masked_`."""
     lists = (params, grads, exp_avgs, exp_avg_sqs, steps, hyper)
     rule = (_CHILD_DECAY_ALL if decay_all else _CHILD).value
-    _run(rule, lists, None, Fixed.of(mask_words).addresses, (), (), lrs, grad_scale, found_inf, grad_norm)
+    _run(rule, lists, None, TensorList.of(mask_words).addresses, (), (), lrs, grad_scale, found_inf, grad_norm)
 
 
 def adamw_compact_(
@@ -247,9 +247,9 @@ def adamw_compact_(
     lrs=(), grad_scale=None, found_inf=None, grad_norm=None,
 ) -> None:  # fmt: skip
     """Launch `reference.adamw_compact_`."""
-    lists = (Fixed.of(params), Fixed.of(grads), Fixed.of(exp_avgs), exp_avg_sqs, steps, hyper)
+    lists = (TensorList.of(params), TensorList.of(grads), TensorList.of(exp_avgs), exp_avg_sqs, steps, hyper)
     p = hyper.numpy()[:, HYPER_COLUMNS.index("reserve_p")]
     rule = (_COMPACT_BERNOULLI if (p < 1).any() else _COMPACT).value
     packed = lists[1].sizes != lists[0].sizes
-    children = Fixed.of(indices).addresses | packed * GRAD_PACKED.value
+    children = TensorList.of(indices).addresses | packed * GRAD_PACKED.value
     _run(rule, lists, keys, children, companions, rounding_keys, lrs, grad_scale, found_inf, grad_norm)
