@@ -55,7 +55,9 @@ def estimate_fisher(
         exclude: names to leave out. What trains but is not estimated is in no mask: it is trained fully.
         limit: stop after this many batches.
         check: compare two examples in one batch with each alone, first; a parameter for which they differ is then
-            estimated one example at a time. (Whose rows are whose is looked at in every batch, whatever this says.)
+            estimated one example at a time. Whatever this says, every batch is looked at for whose rows are whose and
+            for parameters used in the forward pass of an autograd function. What only the backward pass of such a
+            function, or a hook, adds to the gradient of parameters is not seen without the check, and left out.
         graph: capture the pass in a CUDA graph, rule "exact": for batches of one shape and a loss function that never
             waits for the device. Batches of another shape run as usual, and so does a model whose graph does not prove
             whose rows are whose, such as one that selects rows by index: that is looked at in every batch.
@@ -66,9 +68,11 @@ def estimate_fisher(
         Where torch.distributed runs several ranks, it is of this rank's batches.
 
     Raises:
-        ValueError: losses that are not [B], not finite, or depend on other examples; no batch; a name in ``include``
-            that the model does not have, that is frozen, or that no loss depends on; BatchNorm in training mode;
-            single examples in place of batches; sharded, placeholder or meta parameters; complex ones.
+        ValueError: losses that are not [B], not finite, without a gradient, or depend on other examples; no batch; a
+            name in ``include`` that the model does not have, that is frozen, or that no loss depends on; BatchNorm in
+            training mode; single examples in place of batches; sharded, placeholder or meta parameters; complex ones.
+        RuntimeError: a backward pass inside the model or the loss adds to parameters' gradients, as reentrant
+            checkpoints other than torch's do.
     """
     require("rule", rule, rule in RULES, f"one of {RULES}")
     require("labels", labels, labels in LABELS, f"one of {LABELS}")

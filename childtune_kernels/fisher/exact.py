@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import require
 from ..names import named_parameters
+from . import owners
 from .batches import count_examples, map_tensors, take, tensors_of
 from .precision import rounding
 from .restore import mode
@@ -63,6 +64,7 @@ class Exact:
         self.in_order = False
         self.sums = zeros(params)
         self.notes: dict[str, str] = {}
+        self.reached: set[str] = set()
 
     def run(self, first: Any, stream: Iterable[Any], check: bool) -> tuple[dict[str, Tensor], int, dict[str, str]]:
         self.learn(first, check)
@@ -75,7 +77,7 @@ class Exact:
         finally:
             self.captured = None  # a circle: freed at any later time, a graph would break the capture of another
         notes = {name: self.notes.get(name, "no gradient") for name in self.params}
-        notes |= {name: _ALONE + why for name, why in self.unruled.items()}
+        notes |= {name: _ALONE + why for name, why in self.unruled.items() if name in self.reached}
         return self.sums, count, notes
 
     def learn(self, first: Any, check: bool) -> None:
@@ -168,6 +170,7 @@ class Exact:
     def square_gradients(self, loss: Tensor, names: list[str], sums: dict[str, Tensor]) -> None:
         """Add the squared gradient of one example's loss, for the named parameters."""
         grads = gradients(loss, [self.params[n] for n in names])
+        self.reached.update(name for name, grad in zip(names, grads, strict=True) if grad is not None)
         square_into([sums[n] for n in names], grads, 1.0)
 
 
@@ -215,8 +218,15 @@ class Captured:
 
 
 def gradients(loss: Tensor, params: list[Tensor]) -> list[Tensor | None]:
-    """Return the gradients, dense, of one loss; None for what it does not depend on."""
-    grads = torch.autograd.grad(loss, params, allow_unused=True)
+    """Return the gradients, dense, of one loss; None for what it does not depend on.
+
+    All of the graph is visited, as by ``loss.backward()``: `borrowed` refuses what is accumulated on the way, which
+    would be left out without a word if nobody came by.
+    """
+    require("per_example_loss", "losses without one", loss.requires_grad, "a function of losses that have a gradient")
+    own = {id(param) for param in params}
+    others = [leaf for leaf in owners.leaves_of(loss) if id(leaf) not in own]
+    grads = torch.autograd.grad(loss, [*params, *others], allow_unused=True)[: len(params)]
     return [grad.to_dense() if grad is not None and grad.is_sparse else grad for grad in grads]
 
 

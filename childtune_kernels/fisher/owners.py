@@ -15,7 +15,7 @@ examples, so B runs of rows may be theirs in any order, the same for all uses of
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -43,19 +43,29 @@ def inspect(losses: Tensor, examples: int) -> Graph:
     """Walk the autograd graph of losses [B] of B examples."""
     leaves: list[Tensor] = []
     in_order = True
+    for node in _nodes(losses):
+        if (name := node.name()) == _LEAF:
+            leaves.append(node.variable)
+        elif in_order and examples > 1:
+            in_order = _carries_order(node, name, examples)
+    return Graph(leaves, in_order)
+
+
+def leaves_of(losses: Tensor) -> list[Tensor]:
+    """Return the tensors that gradients can be taken of."""
+    return [node.variable for node in _nodes(losses) if node.name() == _LEAF]
+
+
+def _nodes(losses: Tensor) -> Iterator[Any]:
+    """Give each node of the graph once."""
     stack, seen = [losses.grad_fn], {losses.grad_fn}
     while stack:
         node = stack.pop()
-        if (name := node.name()) == _LEAF:
-            leaves.append(node.variable)
-            continue
-        if in_order and examples > 1:
-            in_order = _carries_order(node, name, examples)
+        yield node
         for child, _ in node.next_functions:
             if child is not None and child not in seen:
                 seen.add(child)
                 stack.append(child)
-    return Graph(leaves, in_order)
 
 
 _LEAF = "torch::autograd::AccumulateGrad"

@@ -13,6 +13,8 @@ import torch
 import torch.utils.checkpoint as checkpointing
 from torch import nn
 
+from ..names import named_parameters
+
 
 @contextlib.contextmanager
 def mode(model: nn.Module, training: bool):
@@ -133,16 +135,24 @@ def _replaced(owner: type, name: str, value: object):
 
 @contextlib.contextmanager
 def _accumulating_nothing(model: nn.Module):
-    """Raise before anything is added to a parameter's ``.grad``."""
+    """Raise before anything is added to a parameter's ``.grad``, and at the end if it was written by hand."""
 
-    def refuse(name: str, grads: tuple):
+    def refuse(name: str, *grads: tuple):
         raise RuntimeError(f"{name!r} received a gradient from a backward pass inside the loss or the model: {_IN_USE}")
 
-    leaves = {n: p for n, p in model.named_parameters() if p.requires_grad and p.is_leaf}
+    leaves = {n: p for n, p in named_parameters(model).items() if p.requires_grad and p.is_leaf}
+    kept = {n: p.grad for n, p in leaves.items()}
     nodes = {n: torch.autograd.graph.get_gradient_edge(p).node for n, p in leaves.items()}  # live while they are held
     handles = [node.register_prehook(functools.partial(refuse, name)) for name, node in nodes.items()]
     try:
+        for param in leaves.values():
+            param.grad = None
         yield
+        for name, param in leaves.items():
+            if param.grad is not None:
+                refuse(name)
     finally:
         for handle in handles:
             handle.remove()
+        for name, param in leaves.items():
+            param.grad = kept[name]

@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from . import owners, rules
@@ -23,6 +24,7 @@ from .rules import Use
 # (name, which use of it) -> the dimensions of (input, output) that go over examples; -1: none does
 Layout = dict[tuple[str, int], tuple[int, int]]
 _SHARED = (-1, -1)
+_INSIDE = "used inside an autograd function, which may differentiate it itself"
 _FORWARD, _CODED, _PLAIN = "forward", "coded", "plain"  # what the pass is at
 
 
@@ -97,15 +99,16 @@ class Tape(TorchFunctionMode):
         used = [value for value in _flat((args, kwargs.values())) if id(value) in names]
         if not used:
             return func(*args, **kwargs)
-        handler = HANDLERS.get(func)
+        inside = not forward_ad._is_fwd_grad_enabled()  # in an autograd function's forward, not under mere no_grad
+        handler = None if inside else HANDLERS.get(func)
         if handler is not None and any(map(self.active, used)):
             result = handler(self, func, *args, **kwargs)
             if result is not NotImplemented:
                 return result
         result = func(*_detached(args, names), **_detached(kwargs, names))
-        if isinstance(result, (Tensor, tuple, list)) and not isinstance(result, torch.Size):
-            for param in filter(self.active, used):
-                self.unruled.setdefault(names[id(param)], f"no rule for {getattr(func, '__name__', func)}")
+        if inside or (isinstance(result, (Tensor, tuple, list)) and not isinstance(result, torch.Size)):
+            why = _INSIDE if inside else f"no rule for {getattr(func, '__name__', func)}"
+            self.leave([names[id(param)] for param in filter(self.active, used)], why)
         return result
 
     # ---- for handlers -----------------------------------------------------------------------------------------------
@@ -252,18 +255,17 @@ class Tape(TorchFunctionMode):
         self.leave([name for name in unseen if name in self.wanted], "used where its calls are not seen")
         for name in self.unruled:
             self.uses.pop(name, None)
-        leaves = [leaf for leaf in graph.leaves if id(leaf) not in self.names]
         first = all(use.out_dim == 0 for uses in self.uses.values() for use in uses)
         self.in_order = self.examples == 1 or (graph.in_order and first)
-        if not leaves or not self.uses:
+        if not self.uses:
             return
         if not self.in_order:
             self.stage = _CODED
             self.code = owners.Code(self.examples, torch.float16 in self.dtypes | {losses.dtype})
             for weights in self.code.weights(losses):
-                torch.autograd.grad(losses, leaves, weights, retain_graph=True, allow_unused=True)
+                torch.autograd.grad(losses, graph.leaves, weights, retain_graph=True, allow_unused=True)
         self.stage = _PLAIN
-        torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+        torch.autograd.grad(losses.sum(), graph.leaves, allow_unused=True)
 
     def target(self, name: str) -> Tensor:
         """Return what a parameter's squares are added to: its total, or zeros until the verdict is known."""
