@@ -258,8 +258,14 @@ def test_refuses_hooks_set_another_way():
 
     with pytest.raises(RuntimeError, match="turn activation checkpointing or offloading off"):
         estimate(run)
-    with torch.autograd.graph.save_on_cpu(), pytest.raises(RuntimeError, match="turn activation checkpointing"):
-        estimate(plain)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["exact", "dropout", "batch", "released"])
+def test_refuses_hooks_around_the_call(options):
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    for hooks in (torch.autograd.graph.save_on_cpu(), keep):
+        with hooks, pytest.raises(RuntimeError, match="turn activation checkpointing or offloading off"):
+            estimate(plain, **options)
 
 
 def test_torch_is_as_it_was():

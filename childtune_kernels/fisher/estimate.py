@@ -72,7 +72,8 @@ def estimate_fisher(
             name in ``include`` that the model does not have, that is frozen, or that no loss depends on; BatchNorm in
             training mode; single examples in place of batches; sharded, placeholder or meta parameters; complex ones.
         RuntimeError: a backward pass inside the model or the loss adds to parameters' gradients, as reentrant
-            checkpoints other than torch's do.
+            checkpoints other than torch's do; or saved-tensor hooks are active that cannot be left out, as any around
+            the whole call are, ``torch.autograd.graph.save_on_cpu()`` among them.
     """
     require("rule", rule, rule in RULES, f"one of {RULES}")
     require("labels", labels, labels in LABELS, f"one of {LABELS}")
