@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -379,14 +378,25 @@ def test_top_help_and_wrong_commands_import_no_torch():
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("moment", ["while it imports", "while it works"])
+# Says that it is there, and stays until the interrupt comes.
+STAY = "import sys, time\ndef stay(*args, **options):\n    print('here', flush=True)\n    time.sleep(600)\n"
+IMPORTING = (
+    STAY + "class Finder:\n    def find_spec(name, *where):\n        if name == {!r}: stay()\n"
+    "sys.meta_path.insert(0, Finder)\n"
+)
+MOMENTS = {
+    "before torch": IMPORTING.format("torch"),
+    "inside of torch": IMPORTING.format("torch.nn"),
+    "after torch": IMPORTING.format("childtune_kernels.cli._timing"),
+    "at work": STAY + "import torch\ntorch.Tensor.backward = stay\n",
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_an_interrupt_is_one_line(moment):
-    """The demo's first line is printed when it works; torch takes a second to import."""
-    said = "print('', flush=True);" if moment == "while it imports" else ""
-    code = f"import sys; from childtune_kernels.cli import main; {said} sys.exit(main(['demo', '--device', 'cpu']))"
+    code = MOMENTS[moment] + "from childtune_kernels.cli import main\nsys.exit(main(['demo', '--device', 'cpu']))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.readline()
-    time.sleep(0.1)
+    assert "here\n" in iter(process.stdout.readline, ""), process.stderr.read()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "childtune demo: interrupted\n")

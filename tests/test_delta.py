@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
-import random
+import pathlib
+import shutil
 import signal
-import time
+import sys
+import tempfile
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +18,7 @@ from oracles import INT_OF, same_bits
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from childtune_kernels import ChildAdamW, ChildDelta, ChildMask, replacing
+from childtune_kernels import ChildAdamW, ChildDelta, ChildMask, files, replacing
 
 SIZES = ((0,), (1,), (31,), (32,), (33,), (7, 13), (), (3, 0, 2))
 ALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool)
@@ -282,11 +286,51 @@ def test_a_missing_file(tmp_path):
         ChildDelta.load(tmp_path / "absent.safetensors")
 
 
+def at_call(number):
+    """Have this process killed after a call out of Python, by number, while it replaces a file.
+
+    Only such a call can change what is on the disk.
+    """
+    left = itertools.count(number, -1)
+    within = {files.__file__, shutil.__file__, tempfile.__file__, pathlib.__file__}
+
+    def profile(frame, event, argument):
+        if event == "c_return" and frame.f_code.co_filename in within and next(left) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(profile)
+
+
+def at_byte(number):
+    """Have this process killed where a file that it writes would become longer than a number of bytes."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (number, number))
+
+
+def was_killed(moment, number, work) -> bool:
+    """Fork a process that does some work, to be killed at a moment of it; return whether it was."""
+    child = os.fork()
+    if child == 0:
+        try:
+            moment(number)
+            work()
+            sys.setprofile(None)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or status == 0
+    return os.WIFSIGNALED(status)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("what", ["delta", "checkpoint"])
 def test_a_killed_process_leaves_a_whole_file(what, tmp_path):
-    """50 processes are killed at random moments of saving one of two versions over and over."""
+    """Processes that replace one version by another are killed inside of the writing, and after every call."""
     path = tmp_path / "file"
     base = {"w": torch.arange(20_000.0)}
     versions = [of(base, slice(0, 2000), value)[0] for value in (-1.0, -2.0)]
@@ -295,31 +339,24 @@ def test_a_killed_process_leaves_a_whole_file(what, tmp_path):
         if what == "delta":
             versions[i].save(path)
         else:
-            with replacing(path) as partial:
-                torch.save({"state": versions[i].values["w"]}, partial)
+            with replacing(path) as file:
+                torch.save({"state": versions[i].values["w"]}, file)
 
     def read():
-        return ChildDelta.load(path).values["w"] if what == "delta" else torch.load(path)["state"]
+        values = ChildDelta.load(path).values["w"] if what == "delta" else torch.load(path)["state"]
+        return [same_bits(values, version.values["w"]) for version in versions].index(True)
 
-    start = time.perf_counter()
     write(0)
-    write(1)
-    a_while = 3 * (time.perf_counter() - start)  # a busy disk takes its time: as long as about six saves
-    rng, seen = random.Random(0), set()
-    for _ in range(50):
-        child = os.fork()
-        if child == 0:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            i = 0
-            while True:
-                write(i := 1 - i)
-        time.sleep(rng.uniform(0.001, a_while))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        values = read()
-        seen.add(values[0].item())
-        assert any(same_bits(values, version.values["w"]) for version in versions)
-    assert seen == {-1.0, -2.0}, "the killed processes must have been writing"
+    size = path.stat().st_size
+    for number in (0, 1, size // 3, size // 2, size - 1):
+        assert was_killed(at_byte, number, partial(write, 1)) and read() == 0
+    replaced, killed = [], True
+    while killed:
+        killed = was_killed(at_call, len(replaced), partial(write, 1))
+        replaced.append(read())
+        write(0)
+        assert os.listdir(tmp_path) == ["file"] and read() == 0
+    assert replaced == sorted(replaced) and replaced[0] == 0 and replaced[-2:] == [1, 1], "killed before and after"
 
 
 # ---- all or nothing -------------------------------------------------------------------------------------------------
