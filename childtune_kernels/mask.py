@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from . import ops
 from .files import Envelope, reading, write
-from .names import canonical, common_prefix, listed, matching, named_parameters, unwrapped
+from .names import canonical, common_prefix, listed, matching, named_parameters, shortened, unwrapped
 from .selection import random_words
 
 _FORMAT, _VERSION = "childtune_kernels.ChildMask", "2"
 _ALIGNMENT = 16  # bytes: where each tensor's bits start, in memory and in files
-_SHOWN = 10  # names that an error lists
 
 
 class ChildMask:
@@ -240,7 +239,7 @@ class ChildMask:
             wanted, found = ({name: side.get(name, "none") for name in differing} for side in sides)
             raise ValueError(
                 f"{what} must have this mask's parameters, of these shapes; {len(differing)} differ: "
-                + _listed([f"{name!r} (expected {wanted[name]}, got {found[name]})" for name in differing])
+                + shortened([f"{name!r} (expected {wanted[name]}, got {found[name]})" for name in differing])
             )
 
     @torch.no_grad()
@@ -413,8 +412,3 @@ def _words(numel: int) -> int:
 def _padded(numel: int) -> int:
     """Return the words that a parameter takes with its padding."""
     return _words(numel) + -_words(numel) % (_ALIGNMENT // 4)
-
-
-def _listed(items: Sequence[str]) -> str:
-    more = len(items) - _SHOWN
-    return ", ".join(items[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -56,6 +56,11 @@ def matching(name: str, known: Collection[str]) -> str | None:
 
 
 def listed(names: Sequence[str], shown: int = 10) -> str:
-    """Return the first names, and how many more there are: an error about a whole model must stay readable."""
-    more = len(names) - shown
-    return ", ".join(map(repr, names[:shown])) + (f" and {more} more" if more > 0 else "")
+    """Return the first names, quoted, and how many more there are: an error about a whole model must stay readable."""
+    return shortened(list(map(repr, names)), shown)
+
+
+def shortened(items: Sequence[str], shown: int = 10) -> str:
+    """Return the first items, and how many more there are."""
+    more = len(items) - shown
+    return ", ".join(items[:shown]) + (f" and {more} more" if more > 0 else "")

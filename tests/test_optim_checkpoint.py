@@ -173,7 +173,7 @@ def test_without_a_mask_everything_trains_again():
     named, opt = trained("D")
     before = moments_of(opt)
     opt.set_mask(None)
-    assert opt.mask is None and opt.packing is None
+    assert opt.mask is None and opt.config.packing is None
     assert all(unchanged(a, b) for a, b in zip(before, moments_of(opt), strict=True))
     weights = weights_of(named)
     train(opt, named, [4])

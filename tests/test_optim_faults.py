@@ -10,7 +10,8 @@ import torch
 from cases import same_bits
 from torch import nn
 
-from childtune_kernels import ChildAdamW, ChildMask, hooks, plan
+from childtune_kernels import ChildAdamW, ChildMask
+from childtune_kernels.optim import gradients, step
 from childtune_kernels.optim.packing import Packing
 
 
@@ -61,11 +62,11 @@ def test_f_of_one_group_alone(shares, inside_a_child):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_norm_of_16_bit_gradients_is_taken_in_fp32(dtype):
     """sqrt(3) in bfloat16 is 1.734; the norm of 400 gradients of 6e4 does not fit float16."""
-    norm = plan.global_norm([[torch.ones(1, dtype=dtype), torch.ones(2, dtype=dtype)]])
+    norm = step.global_norm([[torch.ones(1, dtype=dtype), torch.ones(2, dtype=dtype)]])
     assert norm.dtype == torch.float32 and abs(norm.item() - math.sqrt(3)) < 4e-7
     large = [torch.full((100,), 60000.0).to(dtype)] * 4
     expected = math.sqrt(sum(float(t.double().square().sum()) for t in large))
-    assert abs(plan.global_norm([large[:1], large[1:]]).item() / expected - 1) < 1e-6
+    assert abs(step.global_norm([large[:1], large[1:]]).item() / expected - 1) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -141,7 +142,7 @@ def test_frozen_weights_of_a_tied_parameter_under_its_second_name():
 
 def test_gradients_wait_until_enough_are_together(monkeypatch):
     """... and no longer: what waits is memory."""
-    monkeypatch.setattr(hooks, "TOGETHER", 4 * 8 * 8 + 1)
+    monkeypatch.setattr(gradients, "TOGETHER", 4 * 8 * 8 + 1)
     net = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(3)))
     mask = ChildMask.from_dense({name: torch.eye(8).bool() for name, _ in net.named_parameters()})
     opt = ChildAdamW(net.named_parameters(), mask=mask, pack_gradients=True, max_grad_norm=math.inf)

@@ -96,10 +96,10 @@ def test_before_the_first_step():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(state="packed"), "state must be 'dense', or 'packed' with p, got 'packed'"),
+        (dict(state="packed"), "state must be 'dense' where decay='child' or there is no mask: .*, got 'packed'"),
         (dict(p=0.0), r"p must be in \(0, 1\], got 0.0"),
         (dict(p=0.1, low_precision="x"), "low_precision must be one of"),
-        (dict(pack_gradients=True), "pack_gradients must be False without packed state"),
+        (dict(pack_gradients=True), "pack_gradients must be False where the state is not packed, got True"),
     ],
 )
 def test_bad_options(options, message):

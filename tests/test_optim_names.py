@@ -55,7 +55,7 @@ def test_an_optimizer_without_names_takes_those_of_a_state():
     for (_, param), other in zip(named, bare, strict=True):
         other.data.copy_(param.data)
     resumed.load_state_dict(copy.deepcopy(opt.state_dict()))
-    assert [name for _, name, _ in resumed.named()] == [name for name, _ in named]
+    assert [name for _, name, _ in resumed.members()] == [name for name, _ in named]
     train(opt, named, [3, 4])
     train(resumed, list(enumerate(bare)), [3, 4])
     assert unchanged(weights_of(named), bare)
@@ -81,7 +81,7 @@ def test_the_wrapper_of_the_first_names_is_taken_off_later_ones():
     before = opt.mask_at(1, "embed.weight")
     opt.add_param_group({"params": wrapped(named[3:4], "module.{}")})
     opt.add_param_group({"params": named[4:]})
-    assert [name for _, name, _ in opt.named()] == [name for name, _ in named]
+    assert [name for _, name, _ in opt.members()] == [name for name, _ in named]
     assert torch.equal(opt.mask_at(1, "embed.weight"), before)
     with pytest.raises(ValueError, match="a name not used before"):
         opt.add_param_group({"params": [("module.embed.weight", nn.Parameter(torch.ones(2)))]})

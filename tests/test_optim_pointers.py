@@ -201,7 +201,7 @@ def test_negated_gradients_are_read_as_they_are(place, reader):
 def test_indices_and_mask_words_are_compared_too(kind, place, reader):
     pair = twins(kind, torch.float32, None, place)
     opt = pair[0][1]
-    indices = opt.packing.indices("head.weight", pair[0][0][0][1].device)
+    indices = opt.config.packing.indices("head.weight", pair[0][0][0][1].device)
     indices.data = indices.data.clone()
     assert_alike(pair)
     indices.data = indices.data[:5]

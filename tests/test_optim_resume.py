@@ -49,7 +49,7 @@ def test_an_optimizer_without_a_mask_takes_on_the_child(kind, dtype, place):
     resumed = optimizer(other, impl=place.impl)
     with pytest.warns(UserWarning, match="belongs to a child network and this optimizer was given no mask"):
         resumed.load_state_dict(saved_and_loaded(opt.state_dict()))
-    assert resumed.mask == opt.mask and resumed.packing is not None
+    assert resumed.mask == opt.mask and resumed.config.packing is not None
     frozen = {name: p.detach().clone() for name, p in other}
     for o, parameters in ((opt, named), (resumed, other)):
         train(o, parameters, [3, 4])

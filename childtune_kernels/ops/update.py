@@ -35,7 +35,7 @@ class Scaling(NamedTuple):
     grad_norm: Tensor | None = None  # of the gradients as stored, for max_grad_norm
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Update:
     """One step of the tensors of one device; entry i of every list belongs to parameter i.
 

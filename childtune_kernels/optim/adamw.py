@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
-from itertools import chain
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,17 +15,14 @@ from ..errors import require
 from ..mask import ChildMask
 from ..names import named_parameters
 from ..ops import checks
-from . import introspection
-from .checkpoint import add_children, adopted_mask, merged_groups, moved_state, read_state, without_children
+from . import checkpoint, introspection
+from .config import Config
 from .gradients import GradientHooks, PackedGradients, StepInBackward
-from .groups import SAMPLED_CHILD, ParameterNames, Row, check_group
+from .groups import Member, ParameterNames, check_group, require_sampling
 from .memory import Memory, measure
-from .packing import Packing, check_shape, fitting_mask
-from .state import LOW_PRECISION, STATE, StateLayout
-from .step import Plan
+from .packing import check_shape, fitting_mask
+from .step import GradientHolder, Step, Steps
 
-_OWN = ("mask", "layout", "dialect", "decay", "state_dtype", "max_grad_norm", "requested_impl", "requested_state")
-_OWN += ("requested_low_precision", "pack_gradients", "fused_backward", "names", "_step_supports_amp_scaling")
 _UNCLIPPED = {
     "pack_gradients": "frees gradients inside backward(): clip_grad_norm_ and a trainer's clipping see only whole "
     "tensors' gradients. Clip with ChildAdamW(max_grad_norm=...)",
@@ -42,7 +38,7 @@ class ChildAdamW(torch.optim.Optimizer):
     ``mask`` gives Child-Tuning_D: only weights in the mask are updated (Eq. 1-3); parameters that it does not name
     are trained fully. With neither, it is AdamW. Gradients are never modified.
 
-    Differences from torch.optim.AdamW: moments are float32 whatever the weights are; the step counter is a float32
+    Differences from torch.optim.AdamW: moments are float32 whatever the weights are; the step counter is a float64
     tensor on the parameter's device, so every step can be captured in a CUDA graph and there is no ``capturable``;
     no amsgrad, no ``differentiable``.
 
@@ -110,36 +106,21 @@ class ChildAdamW(torch.optim.Optimizer):
         fused_backward: bool = False,
         impl: str = "auto",
     ):
-        require("dialect", dialect, dialect in ("torch", "hf"), "'torch' or 'hf'")
-        require("decay", decay, decay in ("child", "all"), "'child' or 'all'")
-        require("state_dtype", state_dtype, state_dtype in checks.WEIGHT_DTYPES, "float32, bfloat16 or float16")
-        require("mask", mask, mask is None or isinstance(mask, ChildMask), "a ChildMask or None")
-        require("max_grad_norm", max_grad_norm, max_grad_norm is None or max_grad_norm > 0, "above 0 or None")
-        require("impl", impl, impl in ("auto", *ops.IMPLEMENTATIONS), f"one of {('auto', *ops.IMPLEMENTATIONS)}")
-        self.requested_state, self.requested_low_precision = state, low_precision
-        state = state or ("packed" if mask is not None and decay == "child" else "dense")
-        require("state", state, state in ("packed", "dense"), "'packed' or 'dense'")
-        outside_decays = f"'dense' where decay={decay!r} or there is no mask: packed state is the child's alone"
-        require("state", state, state == "dense" or (mask is not None and decay == "child"), outside_decays)
-        packing = Packing(mask) if state == "packed" else None
-        self.layout = StateLayout(packing, state_dtype, "nearest")
-        self.mask = mask if packing is None else packing.mask
-        self.dialect = dialect
-        self.decay = decay
-        self.state_dtype = state_dtype
-        self.max_grad_norm = max_grad_norm
-        self.requested_impl = impl
-        packed = not pack_gradients or self.packing is not None
-        require("pack_gradients", pack_gradients, packed, "False where the state is not packed")
-        alone = not fused_backward or (not pack_gradients and not self.clips)
-        require("fused_backward", fused_backward, alone, "False where pack_gradients or max_grad_norm is given")
-        self.pack_gradients, self.fused_backward = pack_gradients, fused_backward
-        # Whether GradScaler leaves unscaling and the overflow decision to step(). Trainers that clip gradients refuse
-        # an optimizer that says so: it does where clipping is settled here, and where gradients are out of reach.
-        self._step_supports_amp_scaling = max_grad_norm is not None or pack_gradients or fused_backward
-        self.hooks: GradientHooks | None = None
+        self.config = Config(
+            mask=mask,
+            dialect=dialect,
+            decay=decay,
+            state=state,
+            state_dtype=state_dtype,
+            low_precision=low_precision,
+            max_grad_norm=max_grad_norm,
+            pack_gradients=pack_gradients,
+            fused_backward=fused_backward,
+            impl=impl,
+        )
         self.names = ParameterNames()
-        self._plan: Plan | None = None
+        self.hooks: GradientHooks | None = None
+        self._steps = Steps()
         defaults = dict(
             lr=lr,
             betas=betas,
@@ -153,58 +134,48 @@ class ChildAdamW(torch.optim.Optimizer):
         self._constructing = True
         super().__init__(self.names.unwrap(params), defaults)
         self._constructing = False
-        for device_type in {p.device.type for p, _, _ in self.named()}:
+        for device_type in {member.param.device.type for member in self.members()}:
             ops.implementation(impl, device_type)
         if mask is not None:
-            mask = fitting_mask(mask, {name: param for param, name, _ in self.named()})
-        self.layout, self.mask = self._layout_for(mask, packed=packing is not None)
+            self.config = replace(self.config, mask=self._fitting(mask))
         self._warn_of_clipping()
         self._add_hooks()
 
-    def _layout_for(self, mask: ChildMask | None, packed: bool) -> tuple[StateLayout, ChildMask | None]:
-        """Return the layout of a child's state, and its mask where the layout wants it.
-
-        Raises:
-            ValueError: ``low_precision`` does not fit it.
-        """
-        packing = Packing(mask) if packed and mask is not None else None
-        chosen = self.requested_low_precision or ("master" if packing is not None else "nearest")
-        require("low_precision", chosen, chosen in LOW_PRECISION, f"one of {LOW_PRECISION}")
-        dense_child = mask is not None and packing is None
-        require("low_precision", chosen, chosen == "nearest" or not dense_child, "'nearest' where state='dense'")
-        return StateLayout(packing, self.state_dtype, chosen), mask if packing is None else packing.mask
-
     def _warn_of_clipping(self) -> None:
         for option, why in _UNCLIPPED.items():
-            if getattr(self, option) and self.max_grad_norm is None:
+            if getattr(self.config, option) and self.config.max_grad_norm is None:
                 end = "max_grad_norm=math.inf says that nothing clips, and ends this warning"
                 warnings.warn(f"{option}=True {why}; {end}", stacklevel=3)
 
-    @property
-    def clips(self) -> bool:
-        """Whether a step clips by the global norm."""
-        return self.max_grad_norm is not None and self.max_grad_norm < math.inf
+    def _fitting(self, mask: ChildMask) -> ChildMask:
+        return fitting_mask(mask, {member.name: member.param for member in self.members()})
 
     @property
-    def packing(self) -> Packing | None:
-        """Where the child lies in packed state; None in dense state."""
-        return self.layout.packing
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler leaves unscaling and the overflow decision to step().
 
-    @property
-    def low_precision(self) -> str:
-        """How 16-bit weights are kept: "master", "kahan", "stochastic" or "nearest"."""
-        random = self.mask is None and any([group["reserve_p"] < 1 for group in self.param_groups])
-        return "stochastic" if random and self.requested_low_precision is None else self.layout.low_precision
+        Trainers that clip gradients refuse an optimizer that says so: it does where clipping is settled here, and
+        where gradients are out of reach.
+        """
+        return self.config.max_grad_norm is not None or self.config.pack_gradients or self.config.fused_backward
 
     # ---- what a caller can ask --------------------------------------------------------------------------------------
 
     @property
+    def mask(self) -> ChildMask | None:
+        """The child network of D; on the CPU in packed state, whose indices are all that a step reads."""
+        return self.config.mask
+
+    @property
+    def low_precision(self) -> str:
+        """How 16-bit weights are kept: "master", "kahan", "stochastic" or "nearest"."""
+        return self.config.rounding(self.param_groups)
+
+    @property
     def impl(self) -> str:
         """The implementation that serves this optimizer's parameters, e.g. "triton", or "csrc (cpu), triton (cuda)"."""
-        chosen = {
-            d: ops.implementation(self.requested_impl, d).name
-            for d in sorted({p.device.type for p, _, _ in self.named()})
-        }
+        devices = sorted({member.param.device.type for member in self.members()})
+        chosen = {device: ops.implementation(self.config.impl, device).name for device in devices}
         names = set(chosen.values())
         return names.pop() if len(names) == 1 else ", ".join(f"{name} ({device})" for device, name in chosen.items())
 
@@ -219,15 +190,20 @@ class ChildAdamW(torch.optim.Optimizer):
             KeyError: no parameter has that name.
             ValueError: ``step`` is not a positive integer.
         """
-        return introspection.mask_at(self, step, name)
+        return introspection.mask_at(self.mask, self.members(), step, name)
 
     def describe(self) -> str:
         """Return a table: per group, how many weights are trained and which share of the gradient reaches them."""
-        return introspection.describe(self)
+        return introspection.describe(self.config, self.param_groups, self.members(), self.impl)
 
     def memory(self) -> Memory:
         """Return the bytes that weights, gradients and state take now, by kind; `memory.predict` says it beforehand."""
-        return measure(self)
+        params = [member.param for member in self.members()]
+        holders = {id(holder): holder for holder in (*params, *map(self._holder, params))}
+        gradients = [holder.grad for holder in holders.values()]
+        if isinstance(self.hooks, PackedGradients):
+            gradients += [grad for _, grad in self.hooks.waiting]
+        return measure(self.config, params, gradients, self.state)
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
@@ -250,31 +226,41 @@ class ChildAdamW(torch.optim.Optimizer):
         if self.hooks is not None:
             self._refuse_scaler()
             self.hooks.finish()
-        if self.fused_backward:
+        if self.config.fused_backward:
             return loss
-        params = list(chain.from_iterable([group["params"] for group in self.param_groups]))
-        if self._plan is None or not self._plan.serves(self, params):
-            self._plan = Plan(self, params)
-        self._plan.run(self)
-        if self.pack_gradients:
+        overflow = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        self._steps.take(self.param_groups, self.state, self._new_step, *overflow)
+        if self.config.pack_gradients:
             self.hooks.zero(set_to_none=True)
         return loss
 
-    def gradient_holder(self, param: Tensor):
-        """Return what has a parameter's gradient as ``grad``: itself, or its hook where gradients are packed."""
-        return self.hooks.holder(param) if self.pack_gradients else param
+    def _step_in_backward(self, param: Tensor, is_first: bool) -> None:
+        """Take one parameter's step; ``is_first`` of those since `step`, between which groups may have changed."""
+        self._steps.take_alone(param, is_first, self.param_groups, self.state, self._new_step)
+
+    def _new_step(self, params: list[Tensor]) -> Step:
+        if self.config.needs_names(self.param_groups):
+            self.names.require_in_place(self.param_groups)
+        wanted = set(params)
+        members = [member for member in self.members() if member.param in wanted]
+        return Step(self.config, members, self.param_groups, self.state, self._holder)
+
+    def _holder(self, param: Tensor) -> GradientHolder:
+        return self.hooks.holder(param) if isinstance(self.hooks, PackedGradients) else param
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, packed ones too, as in torch.optim."""
         super().zero_grad(set_to_none)
-        if self.pack_gradients:
+        if self.config.pack_gradients:
             self.hooks.zero(set_to_none)
 
     def _add_hooks(self) -> None:
         if self.hooks is not None:
-            self.hooks.add(self.named())
-        elif self.pack_gradients or self.fused_backward:
-            self.hooks = (PackedGradients if self.pack_gradients else StepInBackward)(self)
+            self.hooks.add(self.members())
+        elif self.config.pack_gradients:
+            self.hooks = PackedGradients(self.config, self.members())
+        elif self.config.fused_backward:
+            self.hooks = StepInBackward(self.members(), self._step_in_backward)
 
     def _refuse_scaler(self) -> None:
         if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
@@ -283,44 +269,15 @@ class ChildAdamW(torch.optim.Optimizer):
                 "train in bfloat16 without a scaler, or without these options"
             )
 
-    def named(self) -> list[Row]:
-        """Return (parameter, canonical name, group) of all parameters, in order."""
-        return self.names.rows(self.param_groups)
-
-    def require_names(self) -> None:
-        """Refuse parameters whose names, on which masks or rounding depend, are no longer theirs."""
-        if (
-            self.mask is not None
-            or self.low_precision == "stochastic"
-            or any([group["reserve_p"] < 1 for group in self.param_groups])
-        ):
-            self.names.require_in_place(self.param_groups)
-
-    def init_state(self, named: list[tuple[Tensor, str]]) -> None:
-        """Give parameters the state that they lack, all of it or nothing."""
-        fresh = {}
-        for param, name in named:
-            entry = self.state.get(param)
-            if not entry:
-                fresh[param] = self.layout.new(name, param)
-                continue
-            whole = self.layout.completed(name, param, entry)
-            if whole.keys() != entry.keys() or any(whole[key] is not entry[key] for key in whole):
-                # before it is kept: a master made of a parameter of another shape would outlive the refusal
-                checks.check_state(
-                    f"state of {name!r}", param, *(whole[k] for k in STATE), self.layout.shape(name, param)
-                )
-                fresh[param] = whole
-        if any(p.is_cuda for p in fresh) and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("optimizer state must exist before a CUDA graph is captured: run one step first")
-        for param, entry in fresh.items():
-            self.state[param] = entry
+    def members(self) -> list[Member]:
+        """Return all parameters with their canonical names and groups, in order."""
+        return self.names.members(self.param_groups)
 
     # ---- groups and state -------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as in torch.optim. Nothing is added if anything in it is refused."""
-        self.check_group({**self.defaults, **param_group})
+        self._check_group({**self.defaults, **param_group})
         params = param_group["params"]
         if isinstance(params, (set, frozenset)):
             raise TypeError("params must be in order, because positions name parameters, got a set")
@@ -328,7 +285,7 @@ class ChildAdamW(torch.optim.Optimizer):
         group = group if self._constructing else self.names.add(group)
         entries = [entry if isinstance(entry, tuple) else (None, entry) for entry in group["params"]]
         position = sum(len(g["params"]) for g in self.param_groups)
-        taken = {name for _, name, _ in self.named()}
+        taken = {member.name for member in self.members()}
         for offset, (name, param) in enumerate(entries):
             name = str(position + offset) if name is None else name
             if isinstance(param, Tensor):  # anything else is refused by torch, below
@@ -340,19 +297,22 @@ class ChildAdamW(torch.optim.Optimizer):
         require("params", "a repeated tensor", len({id(p) for _, p in entries}) == len(entries), "distinct tensors")
         super().add_param_group(group)
         self.names.settle(self.param_groups)
-        self._plan = None
-        if getattr(self, "hooks", None) is not None:
+        self._steps = Steps()
+        if self.hooks is not None:
             self._add_hooks()
 
-    def check_group(self, group: dict[str, Any]) -> None:
+    def _check_group(self, group: dict[str, Any]) -> None:
         check_group(group)
-        p = group["reserve_p"]
-        require("reserve_p", p, p == 1 or self.mask is None or self.packing is not None, SAMPLED_CHILD)
+        require_sampling(group, self.mask is None or self.config.packing is not None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return groups and state, as torch.optim; entries of masked parameters say which child they belong to."""
         self.names.settle(self.param_groups)
-        hook = self.register_state_dict_post_hook(add_children, prepend=True)
+
+        def tag(_, state_dict: dict[str, Any]) -> dict[str, Any]:
+            return checkpoint.tag_child(state_dict, self.config, self.members())
+
+        hook = self.register_state_dict_post_hook(tag, prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -360,7 +320,7 @@ class ChildAdamW(torch.optim.Optimizer):
 
     def dense_state_dict(self) -> dict[str, Any]:
         """Return the state as torch.optim.AdamW loads it: moments like their parameters, zero outside the child."""
-        return without_children(self, self.state_dict())
+        return checkpoint.without_child(self.state_dict(), self.members())
 
     @torch.no_grad()
     def set_mask(self, mask: ChildMask | None) -> None:
@@ -373,23 +333,26 @@ class ChildAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: as for the constructor's ``mask``; nothing has been changed then.
         """
+        config = self.config
         if mask is not None:
             require("mask", mask, isinstance(mask, ChildMask), "a ChildMask or None")
-            mask = fitting_mask(mask, {name: param for param, name, _ in self.named()})
-            require("decay", self.decay, self.decay == "child", "'child' where the mask changes")
-        require("mask", mask, mask is not None or not self.pack_gradients, "a ChildMask where gradients are packed")
-        if self.pack_gradients:
+            mask = self._fitting(mask)
+            require("decay", config.decay, config.decay == "child", "'child' where the mask changes")
+        fits = mask is not None or not config.pack_gradients
+        require("mask", mask, fits, "a ChildMask where gradients are packed")
+        if isinstance(self.hooks, PackedGradients):
             self.hooks.pack()
             pending = any(hook.grad is not None for hook in self.hooks.hooks.values())
             require("set_mask", "packed gradients", not pending, "called after step() and zero_grad()")
-        layout, mask = self._layout_for(mask, packed=True)
-        self._put(moved_state(self, layout), layout, mask)
+        new = replace(config, mask=mask, state=None)
+        self._put(checkpoint.moved_state(self.members(), self.state, config, new), new)
 
-    def _put(self, state: dict[Tensor, dict], layout: StateLayout, mask: ChildMask | None) -> None:
-        """Take state in another layout, of another child."""
-        changed = layout is not self.layout
+    def _put(self, state: dict[Tensor, dict], config: Config) -> None:
+        """Take state as another configuration, of another child, keeps it."""
+        changed = config is not self.config
         self.state.update(state)
-        self.layout, self.mask, self._plan = layout, mask, None
+        self.config = config
+        self._steps = Steps()
         if changed and self.hooks is not None:
             self.hooks.remove()
             self.hooks = None
@@ -408,7 +371,7 @@ class ChildAdamW(torch.optim.Optimizer):
         require("mask", None, self.mask is not None, "a ChildMask: without one every weight is trained")
         if isinstance(reference, nn.Module):
             reference = named_parameters(reference, remove_duplicate=False)
-        if found := introspection.thawed(self, reference):
+        if found := introspection.changed_outside_child(self.mask, self.members(), reference):
             raise AssertionError(f"weights outside the child must equal the reference, but these many differ: {found}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -425,11 +388,12 @@ class ChildAdamW(torch.optim.Optimizer):
         kept: dict[str, Any] = {}
 
         def take_state(_, loaded):  # runs after users' pre-hooks; torch then has no tensors left to cast
-            kept["layout"], kept["mask"] = self.layout, self.mask
-            if (mask := adopted_mask(self, loaded)) is not None:
-                kept["layout"], kept["mask"] = self._layout_for(mask, packed=True)
-            kept["state"] = read_state(self, loaded, kept["layout"], kept["mask"])
-            return {**loaded, "state": {}, "param_groups": merged_groups(self, loaded)}
+            config, groups, members = self.config, self.param_groups, self.members()
+            if (mask := checkpoint.adopted_mask(config, groups, members, loaded)) is not None:
+                config = replace(config, mask=mask)
+            kept["state"] = checkpoint.read_state(config, groups, members, loaded)
+            kept["config"] = config
+            return {**loaded, "state": {}, "param_groups": checkpoint.merged_groups(groups, loaded)}
 
         def put_state(_):  # runs before users' post-hooks
             self.names.known.clear()
@@ -448,8 +412,8 @@ class ChildAdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._steps = Steps()
         self._add_hooks()
 
     def __getstate__(self) -> dict[str, Any]:  # torch's keeps defaults, state and groups only
-        own = {name: getattr(self, name) for name in _OWN}
-        return {**super().__getstate__(), **own, "hooks": None, "_plan": None}
+        return {**super().__getstate__(), "config": self.config, "names": self.names, "hooks": None}

@@ -18,24 +18,30 @@ from .. import ops, philox
 from ..errors import require
 from ..mask import ChildMask
 from ..names import canonical, listed
-from .state import COMPANIONS, MOMENTS, StateLayout, dense
+from .config import Config
+from .groups import Member, check_group, group_sizes, require_sampling
+from .state import COMPANIONS, MOMENTS, unpacked
 
 CHILD = "child"
 
 
-def add_children(optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+Groups = list[dict[str, Any]]
+State = dict[Tensor, dict[str, Any]]
+
+
+def tag_child(state_dict: dict[str, Any], config: Config, members: list[Member]) -> dict[str, Any]:
     """Return a state dict whose entries say which child they belong to: copies, because loaders may write into them."""
-    if optimizer.mask is None:
+    if config.mask is None:
         return state_dict
     state = dict(state_dict["state"])
-    for index, (param, name, _) in enumerate(optimizer.named()):
-        if name in optimizer.mask:
-            entry = state.get(index) or optimizer.layout.new(name, param)
-            state[index] = {**entry, CHILD: optimizer.mask.words(name).cpu().clone()}
+    for index, (param, name, _) in enumerate(members):
+        if name in config.mask:
+            entry = state.get(index) or config.spec.new(name, param)
+            state[index] = {**entry, CHILD: config.mask.words(name).cpu().clone()}
     return {**state_dict, "state": state}
 
 
-def adopted_mask(optimizer, loaded: dict[str, Any]) -> ChildMask | None:
+def adopted_mask(config: Config, groups: Groups, members: list[Member], loaded: dict[str, Any]) -> ChildMask | None:
     """Return the child that a state dict belongs to, for an optimizer that has none; None if there is none.
 
     Raises:
@@ -43,13 +49,13 @@ def adopted_mask(optimizer, loaded: dict[str, Any]) -> ChildMask | None:
     """
     indices = [index for group in loaded["param_groups"] for index in group["params"]]
     entries = [loaded["state"].get(index) or {} for index in indices]
-    if optimizer.mask is not None or not any(CHILD in entry for entry in entries):
+    if config.mask is not None or not any(CHILD in entry for entry in entries):
         return None
-    room = optimizer.decay == "child" and optimizer.requested_state != "dense"
+    room = config.decay == "child" and config.state != "dense"
     expected = "a dense_state_dict() where the optimizer has no mask, and decay='all' or state='dense'"
     require("state_dict", "a child network's", room, expected)
-    require_groups(optimizer, loaded)
-    rows = zip(optimizer.named(), entries, strict=True)
+    require_groups(groups, loaded)
+    rows = zip(members, entries, strict=True)
     words = {name: (entry[CHILD], param.shape) for (param, name, _), entry in rows if CHILD in entry}
     warnings.warn(
         "the state belongs to a child network and this optimizer was given no mask: it takes on that child. To train "
@@ -62,10 +68,10 @@ def adopted_mask(optimizer, loaded: dict[str, Any]) -> ChildMask | None:
 _DECIDED = ("reserve_p", "seed", "weight_decay")  # what a script says once, and a scheduler seldom
 
 
-def merged_groups(optimizer, loaded: dict[str, Any]) -> list[dict[str, Any]]:
+def merged_groups(groups: Groups, loaded: dict[str, Any]) -> Groups:
     """Return the groups of a checked state dict, completed by the optimizer's own; say what they change."""
     names_in, merged, changes = canonical_names(loaded), [], set()
-    for own, saved in zip(optimizer.param_groups, loaded["param_groups"], strict=True):
+    for own, saved in zip(groups, loaded["param_groups"], strict=True):
         group = {**{key: value for key, value in own.items() if key != "params"}, **saved}
         if names := own.get("param_names") or names_in(saved):
             group["param_names"] = names
@@ -77,68 +83,65 @@ def merged_groups(optimizer, loaded: dict[str, Any]) -> list[dict[str, Any]]:
     return merged
 
 
-def require_groups(optimizer, loaded: dict[str, Any]) -> None:
+def require_groups(groups: Groups, loaded: dict[str, Any]) -> None:
     """Refuse a state dict of other groups."""
-    sizes = [len(g["params"]) for g in loaded["param_groups"]]
-    expected = [len(g["params"]) for g in optimizer.param_groups]
+    sizes, expected = group_sizes(loaded["param_groups"]), group_sizes(groups)
     require("state_dict", f"groups of {sizes}", sizes == expected, f"parameter groups of {expected} parameters")
 
 
-def without_children(optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+def without_child(state_dict: dict[str, Any], members: list[Member]) -> dict[str, Any]:
     """Return a state dict as torch.optim.AdamW has it: parameter-shaped moments, zero outside the child; fp32 steps."""
-    params = [param for param, _, _ in optimizer.named()]
     state = {}
     for index, entry in state_dict["state"].items():
         if not entry:  # cleared: it starts anew
             continue
-        full = dense(entry, entry.get(CHILD), params[index])
+        full = unpacked(entry, entry.get(CHILD), members[index].param)
         state[index] = {key: value for key, value in full.items() if key not in (CHILD, *COMPANIONS)}
         state[index]["step"] = torch.as_tensor(entry["step"]).float()
     return {**state_dict, "state": state}
 
 
-def moved_state(optimizer, layout: StateLayout) -> dict[Tensor, dict]:
-    """Return the state that an optimizer has, by parameter, in another layout."""
-    packing, state = optimizer.packing, {}
-    for param, name, _ in optimizer.named():
-        if entry := optimizer.state.get(param):
+def moved_state(members: list[Member], state: State, config: Config, new: Config) -> State:
+    """Return the state that an optimizer has, by parameter, as another configuration keeps it."""
+    packing, moved = config.packing, {}
+    for param, name, _ in members:
+        if entry := state.get(param):
             words = packing.mask.words(name) if packing is not None and name in packing.mask else None
-            state[param] = layout.arranged(name, param, dense(entry, words, param))
-    return state
+            moved[param] = new.spec.converted(name, param, unpacked(entry, words, param))
+    return moved
 
 
-def read_state(
-    optimizer, loaded: dict[str, Any], layout: StateLayout, mask: ChildMask | None
-) -> dict[Tensor, dict[str, Any]]:
-    """Check a state dict against an optimizer and return its entries, copied, by parameter, in a layout of a mask.
+def read_state(config: Config, groups: Groups, members: list[Member], loaded: dict[str, Any]) -> State:
+    """Check a state dict and return its entries, copied, by parameter, as a configuration keeps them.
 
     Raises:
         ValueError: as `ChildAdamW.load_state_dict`.
     """
-    require_groups(optimizer, loaded)
-    names_of = {id(param): name for param, name, _ in optimizer.named()}
+    require_groups(groups, loaded)
+    names_of = {member.param: member.name for member in members}
     names_in = canonical_names(loaded)
     state = {}
-    for own, saved in zip(optimizer.param_groups, loaded["param_groups"], strict=True):
+    for own, saved in zip(groups, loaded["param_groups"], strict=True):
         version = saved.get("mask_stream", philox.STREAM_VERSION)
         wanted = f"mask stream version {philox.STREAM_VERSION}"
         require("state_dict", f"version {version}", version == philox.STREAM_VERSION, wanted)
         require("state_dict", "amsgrad state", not saved.get("amsgrad"), "state without amsgrad")
         names, saved_names = own.get("param_names"), names_in(saved)
-        same = saved_names is None or names == saved_names or (names is None and mask is None)
+        same = saved_names is None or names == saved_names or (names is None and config.mask is None)
         by_position = "parameters without names: this optimizer's mask knows them by position"
         named = f"parameters named {_differing(names, saved_names)}" if names else by_position
         require("state_dict", _differing(saved_names, names), same, named)
-        optimizer.check_group({**{k: v for k, v in own.items() if k != "params"}, **saved})
+        group = {**{k: v for k, v in own.items() if k != "params"}, **saved}
+        check_group(group)
+        require_sampling(group, config.mask is None or config.packing is not None)
         for param, index in zip(own["params"], saved["params"], strict=True):
             if entry := loaded["state"].get(index):
-                state[param] = _read_entry(layout, mask, param, names_of[id(param)], index, entry)
+                state[param] = _read_entry(config, param, names_of[param], index, entry)
     return state
 
 
-def _read_entry(
-    layout: StateLayout, mask: ChildMask | None, param: Tensor, name: str, index: int, entry: dict[str, Any]
-) -> dict[str, Any]:
+def _read_entry(config: Config, param: Tensor, name: str, index: int, entry: dict[str, Any]) -> dict[str, Any]:
+    mask = config.mask
     complete = entry.keys() >= {"step", *MOMENTS}
     require(f"state_dict: state of parameter {index}", sorted(entry), complete, "AdamW's step, exp_avg, exp_avg_sq")
     step = float(entry["step"])
@@ -151,8 +154,8 @@ def _read_entry(
     for key in (*MOMENTS, *(entry.keys() & set(COMPANIONS))):
         got, expected = tuple(entry[key].shape), " or ".join(map(str, dict.fromkeys(shapes)))
         require(f"state_dict: {key} of parameter {index}", got, got in shapes, f"shape {expected}")
-    entry = dense({key: value for key, value in entry.items() if key != CHILD}, words, param)
-    return layout.arranged(name, param, entry)
+    entry = unpacked({key: value for key, value in entry.items() if key != CHILD}, words, param)
+    return config.spec.converted(name, param, entry)
 
 
 def canonical_names(loaded: dict[str, Any]) -> Callable[[dict[str, Any]], list[str] | None]:

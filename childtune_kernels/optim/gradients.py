@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
+from collections.abc import Callable, Iterable
 from functools import partial
-from operator import is_
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from .. import ops
 from ..errors import require
 from ..names import listed
 from ..ops import checks
+from .config import Config
+from .groups import Member
 from .packing import check_shape
-from .step import Plan, group_sizes
 
 TOGETHER = 128 << 20  # bytes of gradients that are packed in one launch
 
@@ -41,7 +42,7 @@ class _Hook:
 
     def __call__(self, param: Tensor) -> None:
         owner = self.owner()
-        if owner is not None and owner.optimizer() is not None:
+        if owner is not None:
             owner.receive(self, param)
 
 
@@ -53,17 +54,16 @@ class GradientHooks:
         RuntimeError: several ranks train together: a hook would see gradients before they are averaged.
     """
 
-    def __init__(self, optimizer):
+    def __init__(self, members: Iterable[Member]):
         _refuse_ranks()
-        self.optimizer = weakref.ref(optimizer)
         self.hooks: dict[Tensor, _Hook] = {}
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
         weakref.finalize(self, _remove, self.handles)
-        self.add(optimizer.named())
+        self.add(members)
 
-    def add(self, named: list[tuple[Tensor, str, dict]]) -> None:
+    def add(self, members: Iterable[Member]) -> None:
         """Hook the parameters that have no hook yet."""
-        fresh = {p: name for p, name, _ in named if p not in self.hooks and self.wants(p, name)}
+        fresh = {p: name for p, name, _ in members if p not in self.hooks and self.wants(p, name)}
         for param, name in fresh.items():
             hooks = (getattr(param, "_post_accumulate_grad_hooks", None) or {}).values()
             taken = any(isinstance(hook, _Hook) and hook.owner() is not None for hook in hooks)
@@ -112,34 +112,34 @@ class PackedGradients(GradientHooks):
     the backward pass of a small model (H200, BERT-large, bf16, 32 x 128: 27 ms instead of 17).
     """
 
-    def __init__(self, optimizer):
+    def __init__(self, config: Config, members: Iterable[Member]):
+        self.config = config
         self.waiting: list[tuple[_Hook, Tensor]] = []
         self.waiting_bytes = 0
-        self.stream = None  # that the waiting gradients were made on
-        self.seen: dict[
-            Tensor, tuple[int, int, Tensor] | None
-        ] = {}  # gradients that stay in p.grad, as backward left them
-        super().__init__(optimizer)
+        self.stream: int | None = None  # that the waiting gradients were made on
+        # gradients that stay in p.grad, as backward left them, and the names of their parameters
+        self.seen: dict[Tensor, tuple[int, int, Tensor] | None] = {}
+        self.seen_names: dict[Tensor, str] = {}
+        super().__init__(members)
 
-    def wants(self, param, name):
-        return param.requires_grad and not self.optimizer().packing.is_whole(name)
+    def wants(self, param: Tensor, name: str) -> bool:
+        return param.requires_grad and not self.config.packing.is_whole(name)
 
-    def add(self, named):
-        super().add(named)
-        mask = self.optimizer().mask
+    def add(self, members: Iterable[Member]) -> None:
+        super().add(members)
         for hook in self.hooks.values():
-            hook.shape = mask.shape(hook.name)
-        for param, _, _ in named:
+            hook.shape = self.config.mask.shape(hook.name)
+        for param, name, _ in members:
             if param.requires_grad and param not in self.hooks and param not in self.seen:
-                self.seen[param] = None
+                self.seen[param], self.seen_names[param] = None, name
                 self.handles.append(param.register_post_accumulate_grad_hook(partial(_see, weakref.ref(self))))
 
-    def finish(self):
+    def finish(self) -> None:
         super().finish()
         self.pack()
         self._tell_of_changes()
 
-    def has_received(self, hook, param):
+    def has_received(self, hook: _Hook, param: Tensor) -> bool:
         return hook.waits or hook.grad is not None
 
     def _tell_of_changes(self) -> None:
@@ -151,17 +151,17 @@ class PackedGradients(GradientHooks):
         changed = {p for p, seen in self.seen.items() if seen and p.grad is not None and _is_changed(p.grad, *seen)}
         self.seen = dict.fromkeys(self.seen)
         if changed:
-            names = [name for p, name, _ in self.optimizer().named() if p in changed]
+            names = [name for p, name in self.seen_names.items() if p in changed]
             warnings.warn(
                 f"gradients were changed between backward() and step(), as by clipping from outside: {listed(names)}; "
                 "packed gradients were not: clip with ChildAdamW(max_grad_norm=...), and with nothing else",
                 stacklevel=5,
             )
 
-    def receive(self, hook, param):
+    def receive(self, hook: _Hook, param: Tensor) -> None:
         grad = param.grad
         if grad.shape != hook.shape:  # the indices reach beyond it
-            check_shape(self.optimizer().mask, hook.name, grad)
+            check_shape(self.config.mask, hook.name, grad)
         if grad.dtype != param.dtype or grad.layout != torch.strided:
             checks.check_gradient(f"parameter {hook.name!r}", grad, param)
         # torch.cuda.current_stream takes several microseconds, as much as all else in here
@@ -180,22 +180,21 @@ class PackedGradients(GradientHooks):
         if not self.waiting:
             return
         _refuse_ranks()
-        optimizer, waiting, lists = self.optimizer(), self.waiting, {}
+        waiting, lists = self.waiting, {}
         self.waiting, self.waiting_bytes = [], 0
-        packing = optimizer.packing
         with _on_stream(self.stream, waiting[0][1].device):
             for hook, grad in waiting:
                 hook.waits = False
                 alike = lists.setdefault((grad.device, grad.dtype, hook.grad is not None), ([], [], []))
                 alike[0].append(hook)
                 alike[1].append(grad.contiguous())
-                alike[2].append(packing.indices(hook.name, grad.device))
+                alike[2].append(self.config.packing.indices(hook.name, grad.device))
             for (device, dtype, add), (hooks, grads, indices) in lists.items():
                 if not add:
                     for hook, packed in zip(hooks, _empty(indices, dtype), strict=True):
                         hook.grad = packed
                 packed = [hook.grad for hook in hooks]
-                ops.implementation(optimizer.requested_impl, device.type).gather_child_(packed, grads, indices, add)
+                ops.implementation(self.config.impl, device.type).gather_child_(packed, grads, indices, add)
 
     def holder(self, param: Tensor) -> Tensor | _Hook:
         """Return what holds the parameter's gradient as ``grad``."""
@@ -209,47 +208,39 @@ class PackedGradients(GradientHooks):
 
 
 class StepInBackward(GradientHooks):
-    """Takes each parameter's step as soon as its gradient is there, and frees the gradient."""
+    """Takes each parameter's step as soon as its gradient is there, and frees the gradient.
 
-    def __init__(self, optimizer):
-        self.plans: dict[Tensor, Plan] = {}
+    Args:
+        members: of the optimizer.
+        take_step: a bound method of the optimizer, which is not kept alive by this: takes one parameter's step;
+            ``is_first`` where it is the first since `ChildAdamW.step`.
+    """
+
+    def __init__(self, members: Iterable[Member], take_step: Callable[[Tensor, bool], None]):
+        self.take_step = weakref.WeakMethod(take_step)
         self.stepped: set[Tensor] = set()  # since the last step(): a second gradient would be a second step
-        self.groups: tuple[list[Tensor], list[int]] = ([], [])  # that the plans were made for
-        super().__init__(optimizer)
+        super().__init__(members)
 
-    def finish(self):
+    def finish(self) -> None:
         super().finish()
         self.stepped.clear()
 
-    def has_received(self, hook, param):
+    def has_received(self, hook: _Hook, param: Tensor) -> bool:
         return param in self.stepped
 
     @torch.no_grad()
-    def receive(self, hook, param):
+    def receive(self, hook: _Hook, param: Tensor) -> None:
         _refuse_ranks()
-        optimizer = self.optimizer()
+        if (take_step := self.take_step()) is None:
+            return
         if param in self.stepped:
             raise RuntimeError(
                 "fused_backward=True takes a step a backward pass, and step() must follow each; a second gradient of "
                 f"shape {tuple(param.shape)} came before: accumulate gradients with pack_gradients=True instead"
             )
-        if not self.stepped:
-            self._forget_other_groups(optimizer)
-        plan = self.plans.get(param)
-        if plan is None or not plan.fits(optimizer):
-            plan = self.plans[param] = Plan(optimizer, [param])
-        plan.run(optimizer)
+        take_step(param, not self.stepped)
         self.stepped.add(param)
         param.grad = None
-
-    def _forget_other_groups(self, optimizer) -> None:
-        """Drop the plans if a parameter is in another group, or has another position, than they were made for."""
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        sizes = group_sizes(optimizer)
-        same = sizes == self.groups[1] and len(params) == len(self.groups[0]) and all(map(is_, params, self.groups[0]))
-        if not same:
-            self.plans.clear()
-            self.groups = (params, sizes)
 
 
 def _see(owner: weakref.ref, param: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,7 +13,14 @@ from ..errors import require
 from ..names import canonical, common_prefix, listed, unwrapped
 
 SAMPLED_CHILD = "1 where a mask is given, or the state packed: F inside D needs state='packed'"
-Row = tuple[Tensor, str, dict[str, Any]]  # parameter, name, group
+
+
+class Member(NamedTuple):
+    """A parameter of an optimizer, its canonical name, and the group it is in."""
+
+    param: Tensor
+    name: str
+    group: dict[str, Any]
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -40,8 +47,19 @@ def check_group(group: dict[str, Any]) -> None:
     philox.stream_key(group["seed"], "")
 
 
-def hyper_row(group: dict[str, Any], dialect: str, max_grad_norm: float | None) -> tuple[float, ...]:
-    """Return a group's row of the ops' hyper table, in the order of `ops.HYPER_COLUMNS`."""
+def require_sampling(group: dict[str, Any], can_sample: bool) -> None:
+    """Refuse F's sampling where the child's state is dense.
+
+    Raises:
+        ValueError: a group's ``reserve_p`` is below 1 there.
+    """
+    require("reserve_p", group["reserve_p"], group["reserve_p"] == 1 or can_sample, SAMPLED_CHILD)
+
+
+def hyper_row(
+    group: dict[str, Any], dialect: str, max_grad_norm: float | None, decay_outside: bool
+) -> tuple[float, ...]:
+    """Return a group's row of `ops.Update.hyper`, in the order of `ops.HYPER_COLUMNS`."""
     lr = group["lr"]
     beta1, beta2 = group["betas"]
     return (
@@ -54,7 +72,13 @@ def hyper_row(group: dict[str, Any], dialect: str, max_grad_norm: float | None) 
         -1.0 if group["maximize"] else 1.0,
         float(dialect == "hf"),
         math.inf if max_grad_norm is None else max_grad_norm,
+        float(decay_outside),
     )
+
+
+def group_sizes(groups: list[dict[str, Any]]) -> list[int]:
+    """Return how many parameters each group has: with their flat list, this says which is in which group."""
+    return [len(group["params"]) for group in groups]
 
 
 class ParameterNames:
@@ -92,15 +116,15 @@ class ParameterNames:
         """Return a later group by canonical names; which wrapper the first ones had is settled."""
         return _renamed(_listed_params(group), lambda name: unwrapped(name).removeprefix(self.prefix))
 
-    def rows(self, groups: list[dict[str, Any]]) -> list[Row]:
-        """Return (parameter, name, group) of all parameters, in order."""
-        rows, position = [], 0
+    def members(self, groups: list[dict[str, Any]]) -> list[Member]:
+        """Return all parameters of the groups, in order."""
+        members, position = [], 0
         for group in groups:
             own = group.get("param_names")
             for i, param in enumerate(group["params"]):
-                rows.append((param, str(position) if own is None else self._name(param, own, i), group))
+                members.append(Member(param, str(position) if own is None else self._name(param, own, i), group))
                 position += 1
-        return rows
+        return members
 
     def _name(self, param: Tensor, names: list[str], i: int) -> str:
         name = self.known.get(param, names[i] if i < len(names) else None)
@@ -110,7 +134,7 @@ class ParameterNames:
 
     def settle(self, groups: list[dict[str, Any]]) -> None:
         """Remember names and first positions, and write the names where torch has them."""
-        self.known = {param: self.known.get(param, name) for param, name, _ in self.rows(groups)}
+        self.known = {param: self.known.get(param, name) for param, name, _ in self.members(groups)}
         for group in groups:
             if "param_names" in group:
                 group["param_names"] = [self.known[param] for param in group["params"]]
@@ -121,8 +145,8 @@ class ParameterNames:
         Raises:
             RuntimeError: naming them.
         """
-        rows = self.rows(groups)
-        moved = [f"{self.known[p]} to {name}" for p, name, _ in rows if self.known.get(p, name) != name]
+        members = self.members(groups)
+        moved = [f"{self.known[p]} to {name}" for p, name, _ in members if self.known.get(p, name) != name]
         if moved:
             raise RuntimeError(
                 "without names, masks know parameters by their positions, which must stay; moved: "

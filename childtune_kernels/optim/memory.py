@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import require
+from .config import Config, require_gradients, resolve_state
 from .gradients import TOGETHER
-from .state import COMPANIONS, LOW_PRECISION, STATE
+from .state import COMPANIONS, STATE, StateSpec
 
-_STEP = 8  # bytes of a step counter
-_INDEX = 4
+_INDEX = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,8 @@ def predict(
     Raises:
         ValueError: an option that `ChildAdamW` would refuse too.
     """
-    state = state or ("dense" if p is None else "packed")
-    low_precision = low_precision or ("master" if state == "packed" else "nearest")
-    require("state", state, state == "dense" or (state == "packed" and p is not None), "'dense', or 'packed' with p")
-    require("low_precision", low_precision, low_precision in LOW_PRECISION, f"one of {LOW_PRECISION}")
-    require("pack_gradients", pack_gradients, not pack_gradients or state == "packed", "False without packed state")
+    packed_state, kept_as = resolve_state(state, low_precision, masked=p is not None, decay_outside=False)
+    require_gradients(pack_gradients, fused_backward, packed=packed_state, clips=False)
     numels = {name: math.prod(shape) for name, shape in shapes.items()}
     if p is None or isinstance(p, Mapping):
         inside = {name: (p or {}).get(name, numel) for name, numel in numels.items()}
@@ -98,47 +96,46 @@ def predict(
         require("p", p, 0 < p <= 1, "in (0, 1]")
         inside = {name: round(p * numel) for name, numel in numels.items()}
     everything, child = sum(numels.values()), sum(inside.values())
-    kept = child if state == "packed" else everything
+    kept = child if packed_state else everything
     partial = {name for name, k in inside.items() if k < numels[name]}
-    packed = sum(inside[name] for name in partial if state == "packed")
+    packed = sum(inside[name] for name in partial if packed_state)
     gradients = everything
     if fused_backward:
         gradients = max(numels.values(), default=0)
     elif pack_gradients:
         gradients = child + max((numels[name] for name in partial), default=0)
         gradients = min(gradients + TOGETHER // weight_dtype.itemsize, child + sum(numels[name] for name in partial))
-    beside = {"master": 4, "kahan": weight_dtype.itemsize}.get(low_precision, 0) * (weight_dtype != torch.float32)
+    nbytes = dict.fromkeys((*STATE, *COMPANIONS), 0)
+    for field in StateSpec(None, state_dtype, kept_as).fields(weight_dtype):
+        nbytes[field.key] = field.dtype.itemsize * (kept if field.per_weight else len(shapes))
     masked = 0 if p is None else sum(numels[n] for n in (p if isinstance(p, Mapping) else numels))
     return Memory(
         parameters=everything,
         weights=everything * weight_dtype.itemsize,
         gradients=gradients * weight_dtype.itemsize,
-        moments=2 * kept * state_dtype.itemsize + _STEP * len(shapes),
-        companions=kept * beside,
+        moments=sum(nbytes[key] for key in STATE),
+        companions=sum(nbytes[key] for key in COMPANIONS),
         indices=_INDEX * packed,
         mask=math.ceil(masked / 8),
     )
 
 
-def measure(optimizer) -> Memory:
+def measure(
+    config: Config, params: list[Tensor], gradients: Iterable[Tensor | None], state: Mapping[Tensor, Mapping[str, Any]]
+) -> Memory:
     """Count what an optimizer's tensors take now; before the first step there is no state yet."""
-    params = [param for param, _, _ in optimizer.named()]
-    holders = [optimizer.gradient_holder(p) for p in params]
-    gradients = [t for t in {id(h): h.grad for h in (*params, *holders)}.values() if t is not None]
-    if optimizer.pack_gradients:
-        gradients += [grad for _, grad in optimizer.hooks.waiting]
-    entries = [optimizer.state.get(p, {}) for p in params]
-    mask = optimizer.mask
+    entries = [state.get(param, {}) for param in params]
+    mask, packing = config.mask, config.packing
     return Memory(
         parameters=sum(p.numel() for p in params),
         weights=_nbytes(params),
-        gradients=_nbytes(gradients),
+        gradients=_nbytes(grad for grad in gradients if grad is not None),
         moments=_nbytes(entry[key] for entry in entries for key in STATE if key in entry),
         companions=_nbytes(entry[key] for entry in entries for key in COMPANIONS if key in entry),
-        indices=0 if optimizer.packing is None else optimizer.packing.nbytes(),
+        indices=0 if packing is None else packing.nbytes(),
         mask=0 if mask is None else math.ceil(sum(mask.shape(name).numel() for name in mask) / 8),
     )
 
 
-def _nbytes(tensors) -> int:
+def _nbytes(tensors: Iterable[Any]) -> int:
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
