@@ -71,7 +71,7 @@ def measure_kind(kind: str, p: float, device: torch.device, repeats: int) -> tup
             print(f"refused: {impl} selects other weights of {kind} scores than a stable sort")
             continue
         kernels = ops.implementation(impl, "cuda")
-        tensors, digits = ops.tensors.TensorList(scores.values()), kernels.digits
+        tensors, digits = ops.tensors.TensorList(scores.values()), kernels.DIGITS
         count_args = tensors, [0] * len(tensors), 32 - digits, digits
         pack_args = tensors, [0.5] * len(tensors), [0] * len(tensors), False
         rows[impl] = {

@@ -134,7 +134,7 @@ class _Scores:
             compiled = impl == "auto" and ops.unavailable("csrc", device.type) is None
             kernels = ops.implementation("csrc" if compiled else impl, device.type)
             self.parts.append((kernels, rows, TensorList(self.tensors[i] for i in rows)))
-        self.digits = min(kernels.digits for kernels, _, _ in self.parts)
+        self.digits = min(kernels.DIGITS for kernels, _, _ in self.parts)
 
     def histogram(self, firsts: np.ndarray, shift: int, digits: int, *, together: bool = False) -> np.ndarray:
         """Return `score_histogram`'s counts of each tensor, or of all tensors together, int64 [n or 1, bins + 1]."""

@@ -39,7 +39,7 @@ class Guards:
         return all(bool((x == SENTINEL).all()) for x in outside)
 
 
-def hyper_row(i: int = 0, *, dialect="torch", p=1.0, sign=1.0, max_grad_norm=math.inf, **fixed) -> tuple[float, ...]:
+def hyper_row(i: int = 0, *, dialect="torch", p=1.0, sign=1.0, max_grad_norm=math.inf, decay_outside=False, **fixed):
     """A row of the hyper table that differs from parameter to parameter."""
     row = dict(
         lr=1e-2 / (i + 1),
@@ -51,6 +51,7 @@ def hyper_row(i: int = 0, *, dialect="torch", p=1.0, sign=1.0, max_grad_norm=mat
         sign=sign,
         hf_dialect=float(dialect == "hf"),
         max_grad_norm=max_grad_norm,
+        decay_outside=float(decay_outside),
     )
     row.update(fixed)
     return tuple(row[column] for column in ops.HYPER_COLUMNS)

@@ -354,8 +354,8 @@ def test_other_ops_refuse(op, args, message, no_kernels):
 
 
 def test_implementations_are_named_and_never_replaced():
-    assert ops.implementation("reference", "cpu").name == "reference"
-    assert ops.implementation("auto", "cpu").name == ("reference" if ops.unavailable("csrc", "cpu") else "csrc")
+    assert ops.implementation("reference", "cpu").NAME == "reference"
+    assert ops.implementation("auto", "cpu").NAME == ("reference" if ops.unavailable("csrc", "cpu") else "csrc")
     with pytest.raises(ValueError, match=r"impl must be one of \('auto', .*got 'cuda'"):
         ops.implementation("cuda", "cpu")
     for name in ("csrc", "triton"):

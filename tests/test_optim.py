@@ -229,7 +229,7 @@ def test_a_child_may_be_empty_in_some_parameters(state, place):
 
 def test_impl_says_what_serves(place):
     assert optimizer(model(place.device), impl=place.impl).impl == place.impl
-    assert optimizer(model(place.device)).impl == ops.implementation("auto", place.device).name
+    assert optimizer(model(place.device)).impl == ops.implementation("auto", place.device).NAME
 
 
 @pytest.mark.parametrize("step, name, error", [(0, "norm.scale", ValueError), (1.0, "norm.scale", ValueError),

@@ -121,10 +121,10 @@ def test_the_named_implementation_counts_and_packs(place):
     """By default csrc does where it is built, for GPUs too; a named one is never replaced."""
     scores = {"a": torch.zeros(3, device=place.device)}
     (part,) = selection._Scores(scores, place.impl).parts
-    assert part[0].name == place.impl
+    assert part[0].NAME == place.impl
     (part,) = selection._Scores(scores, "auto").parts
     built = ops.unavailable("csrc", place.device) is None
-    assert part[0].name == ("csrc" if built else ops.implementation("auto", place.device).name)
+    assert part[0].NAME == ("csrc" if built else ops.implementation("auto", place.device).NAME)
 
 
 @pytest.mark.gpu

@@ -57,7 +57,7 @@ def describe(protocol: Protocol, task: Task, seeds: int) -> list[str]:
     """Say what is about to be run, and by what if that is slow."""
     device_type = task.test.pixels.device.type
     slow = []
-    if ops.implementation("auto", device_type).name == "reference":
+    if ops.implementation("auto", device_type).NAME == "reference":
         slow = [f"Several times slower than it could be: {ops.unavailable('csrc', device_type)}."]
     sizes = [len(split.labels) for split in task]
     rates = ", ".join(f"{lr:g}" for lr in protocol.learning_rates)

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     healthy, advice = True, []
     for device_type in DEVICE_TYPES:
         absent = device_type == "cuda" and not torch.cuda.is_available()
-        chosen = None if absent else ops.implementation("auto", device_type).name
+        chosen = None if absent else ops.implementation("auto", device_type).NAME
         for impl in ops.IMPLEMENTATIONS:
             reason = "torch sees no CUDA device" if absent else ops.unavailable(impl, device_type)
             failure = None if reason else self_check(impl, device_type)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .reference import HYPER_COLUMNS, MAX_DIGITS
-
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_DIGITS = 11  # bits of a key that one score_histogram tells apart: 2048 counts fit any shared memory
 
 
 def check_gradient(label: str, grad: Tensor, param: Tensor) -> None:
@@ -49,62 +47,6 @@ def check_parameter(label: str, param: Tensor) -> None:
         if size > 1 and stride <= span:
             raise RuntimeError(f"{label} must have a place for every element, got strides {param.stride()}")
         span += stride * (size - 1)
-
-
-def check_update(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    hyper: Tensor,
-    extra: dict[str, Any],
-) -> None:
-    """Check the arguments of one update op, ``extra`` being those after hyper by name, before anything is written.
-
-    Raises:
-        RuntimeError, TypeError, ValueError: an argument differs from what the op's schema comment promises.
-    """
-    n = len(params)
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
-    lists.update({name: extra[name] for name in ("keys", "mask_words", "indices") if name in extra})
-    lists.update({name: extra[name] for name in ("lrs", "companions", "rounding_keys") if extra.get(name)})
-    for name, values in lists.items():
-        if len(values) != n:
-            raise RuntimeError(f"{name} must have {n} entries, one a parameter, got {len(values)}")
-    if (hyper.dtype, hyper.shape, hyper.device.type) != (torch.float64, (n, len(HYPER_COLUMNS)), "cpu"):
-        raise RuntimeError(
-            f"hyper must be a float64 CPU tensor of {n} rows and {len(HYPER_COLUMNS)} columns, "
-            f"got {hyper.dtype} {tuple(hyper.shape)} on {hyper.device}"
-        )
-    if not hyper.is_contiguous():
-        raise RuntimeError(f"hyper must be contiguous, got strides {hyper.stride()}")
-    if "keys" in extra:
-        for p in hyper[:, HYPER_COLUMNS.index("reserve_p")].tolist():
-            check_probability("hyper's reserve_p", p)
-    for i, param in enumerate(params):
-        check_parameter(f"params[{i}]", param)
-        if param.device != params[0].device:
-            raise RuntimeError(f"params[{i}] must have the list's device {params[0].device}, got {param.device}")
-        if "indices" in extra:
-            shape = check_indices(f"indices[{i}]", extra["indices"][i], param, exp_avgs[i])
-            check_packed_gradient(f"params[{i}]", grads[i], param, shape)
-        else:
-            shape = tuple(param.shape)
-            check_gradient(f"params[{i}]", grads[i], param)
-        check_state(f"state {i}", param, steps[i], exp_avgs[i], exp_avg_sqs[i], shape)
-        if extra.get("companions"):
-            check_companion(f"companions[{i}]", extra["companions"][i], param, shape)
-        if extra.get("lrs"):
-            check_scalar(f"lrs[{i}]", extra["lrs"][i], param.device)
-        for name, value in (("params", param), ("grads", grads[i])):
-            if not value.is_contiguous():
-                raise RuntimeError(f"{name}[{i}] must be contiguous, got strides {value.stride()}")
-        if "mask_words" in extra:
-            check_words(f"mask_words[{i}]", extra["mask_words"][i], param)
-    for name in ("grad_scale", "found_inf", "grad_norm"):
-        if params and extra.get(name) is not None:
-            check_scalar(name, extra[name], params[0].device)
 
 
 def check_table(label: str, table: Tensor, rows: int, columns: int) -> None:
@@ -302,6 +244,7 @@ def _check_like(
 
 
 def check_scalar(label: str, value: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    """Refuse what is not one number of a dtype on a device."""
     if value.dtype != dtype or value.numel() != 1 or value.device != device:
         expected = str(dtype).removeprefix("torch.")
         raise RuntimeError(

@@ -1,11 +1,22 @@
-"""Loads the compiled libraries, `_C_cpu` and `_C_cuda`, that ../../csrc builds, where there are any."""
+"""The compiled ops: what ../../csrc registers on the ``.csrc`` overloads when `_C_cpu` and `_C_cuda` are loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+# Products, sums, gathers: torch's own libraries are the compiled way, so csrc has no kernel of its own.
+from .reference import fisher_columns_ as fisher_columns_
+from .reference import fisher_linear_ as fisher_linear_
+from .reference import gather_child_ as gather_child_
+from .update import Update
+
+NAME = "csrc"
+DIGITS = 11  # bits of a key that `score_histogram` counts at its best, in shared memory or cache
+_OPS = torch.ops.childtune
 _PACKAGE = Path(__file__).resolve().parent.parent
 _loaded: dict[str, str | None] = {}  # device type -> why it is not served, None where it is
 
@@ -35,3 +46,57 @@ def _load(device_type: str) -> str | None:
     except OSError as error:  # built against another CUDA or an older torch
         return f"{paths[0].name} cannot be loaded ({error})"
     return None
+
+
+def adamw_(update: Update) -> None:
+    """Run `reference.adamw_`, compiled: a boxed op takes the lists one by one."""
+    if len(update):
+        _OPS.adamw_.csrc(
+            update.params,
+            update.grads,
+            update.exp_avgs,
+            update.exp_avg_sqs,
+            update.steps,
+            update.hyper,
+            update.indices,
+            update.mask_words,
+            update.mask_keys,
+            update.companions,
+            update.rounding_keys,
+            update.lrs,
+            *update.scaling,
+        )
+
+
+def square_accumulate_(accumulators: Sequence[Tensor], grads: Sequence[Tensor], scale: float) -> None:
+    """Run `reference.square_accumulate_`, compiled."""
+    _OPS.square_accumulate_.csrc(accumulators, grads, scale)
+
+
+def bernoulli_bits(numel: int, key: int, step: int, p: float, domain: int, offset: int, device: torch.device) -> Tensor:
+    """Run `reference.bernoulli_bits`, compiled: on the device of the words that it fills."""
+    words = torch.empty((numel + 31) // 32, dtype=torch.int32, device=device)
+    _OPS.bernoulli_bits.csrc(words, numel, key, step, p, domain, offset)
+    return words
+
+
+def score_histogram(scores: Sequence[Tensor], firsts: Sequence[int], shift: int, digits: int) -> Tensor:
+    """Run `reference.score_histogram`, compiled."""
+    return _OPS.score_histogram.csrc(scores, firsts, shift, digits)
+
+
+def threshold_bits(
+    scores: Sequence[Tensor], thresholds: Sequence[float], tie_ends: Sequence[int], lowest: bool = False
+) -> Tensor:
+    """Run `reference.threshold_bits`, compiled."""
+    return _OPS.threshold_bits.csrc(scores, thresholds, tie_ends, lowest)
+
+
+def popcount_bits(words: Tensor) -> Tensor:
+    """Run `reference.popcount_bits`, compiled."""
+    return _OPS.popcount_bits.csrc(words)
+
+
+def overlap_bits(a: Tensor, b: Tensor) -> Tensor:
+    """Run `reference.overlap_bits`, compiled."""
+    return _OPS.overlap_bits.csrc(a, b)

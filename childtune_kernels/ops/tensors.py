@@ -1,4 +1,4 @@
-"""Lists of tensors whose addresses, sizes and dtypes are computed once, and what must be as it was to use them again."""
+"""Lists of tensors whose addresses, sizes and dtypes are computed once, and what must not change meanwhile."""
 
 from __future__ import annotations
 

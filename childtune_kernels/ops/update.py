@@ -18,13 +18,17 @@ HYPER_COLUMNS = (
     "beta2",
     "eps",
     "weight_decay",
-    "reserve_p",  # read where the update has mask keys
+    "reserve_p",  # read where there are mask keys
     "sign",  # +1 to minimise, -1 to maximise
     "hf_dialect",  # 0 torch, 1 hf
     "max_grad_norm",  # inf: no clipping
-    "decay_outside",  # read where the update has mask words; 1: weights outside the child decay, as in the released code
+    "decay_outside",  # 1: weights outside the child decay, as in the released code; read where there are mask words
 )
 RESERVE_P, DECAY_OUTSIDE = HYPER_COLUMNS.index("reserve_p"), HYPER_COLUMNS.index("decay_outside")
+
+_NEEDED = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")  # the others may be empty
+_TENSORS = (*_NEEDED, "indices", "mask_words", "companions", "lrs")
+_KEYS = ("mask_keys", "rounding_keys")
 
 
 class Scaling(NamedTuple):
@@ -45,7 +49,8 @@ class Update:
 
     Attributes:
         params: float32, bfloat16 or float16, contiguous; a list may mix dtypes.
-        grads: like params, contiguous, at any alignment; or packed like the moments, where there are indices. Not written.
+        grads: like params, contiguous, at any alignment; or packed like the moments, where there are indices. They are
+            not written.
         exp_avgs, exp_avg_sqs: float32, bfloat16 or float16, one dtype a parameter, shaped like it; or packed, [m].
         steps: float64 [], advanced by one; the new value is the mask stream's t, which stays at 2**32 - 1.
         hyper: float64 [n, len(HYPER_COLUMNS)] on the CPU.
@@ -77,19 +82,9 @@ class Update:
     maps: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
-        for name in (
-            "params",
-            "grads",
-            "exp_avgs",
-            "exp_avg_sqs",
-            "steps",
-            "indices",
-            "mask_words",
-            "companions",
-            "lrs",
-        ):
+        for name in _TENSORS:
             setattr(self, name, TensorList.of(getattr(self, name)))
-        for name in ("mask_keys", "rounding_keys"):
+        for name in _KEYS:
             setattr(self, name, IntList.of(getattr(self, name)))
 
     def __len__(self) -> int:
@@ -130,12 +125,9 @@ class Update:
                 checks.check_scalar(name, value, self.device)
 
     def _check_lengths(self) -> None:
-        needed = {name: getattr(self, name) for name in ("grads", "exp_avgs", "exp_avg_sqs", "steps")}
-        names = ("indices", "mask_words", "mask_keys", "companions", "rounding_keys", "lrs")
-        for name, values in (
-            needed.items() | {name: getattr(self, name) for name in names if getattr(self, name)}.items()
-        ):
-            if len(values) != len(self):
+        lists = {name: getattr(self, name) for name in (*_TENSORS, *_KEYS)}
+        for name, values in lists.items():
+            if len(values) != len(self) and (values or name in _NEEDED):
                 raise RuntimeError(f"{name} must have {len(self)} entries, one a parameter, got {len(values)}")
 
     def _check_parameter(self, i: int) -> None:

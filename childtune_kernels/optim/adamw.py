@@ -175,7 +175,7 @@ class ChildAdamW(torch.optim.Optimizer):
     def impl(self) -> str:
         """The implementation that serves this optimizer's parameters, e.g. "triton", or "csrc (cpu), triton (cuda)"."""
         devices = sorted({member.param.device.type for member in self.members()})
-        chosen = {device: ops.implementation(self.config.impl, device).name for device in devices}
+        chosen = {device: ops.implementation(self.config.impl, device).NAME for device in devices}
         names = set(chosen.values())
         return names.pop() if len(names) == 1 else ", ".join(f"{name} ({device})" for device, name in chosen.items())
 

@@ -1,6 +1,8 @@
-"""The eager meaning of the ops on packed bits and on scores, on any device; `reference` has those on weights."""
+"""The eager meaning of the ops on packed bits and on scores."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -9,10 +11,9 @@ from torch import Tensor
 from ... import philox
 
 _CHUNK = 1 << 20  # random elements drawn at a time: bounds the int64 temporaries to a few tens of MB
-MAX_DIGITS = 11  # bits of a key that one score_histogram tells apart: 2048 counts fit any shared memory
 
 
-def bernoulli_bits(numel, key, step, p, domain, offset, device) -> Tensor:
+def bernoulli_bits(numel: int, key: int, step: int, p: float, domain: int, offset: int, device: torch.device) -> Tensor:
     """Pack the keep-bits of elements offset .. offset + numel - 1 of one parameter."""
     chunks = [torch.empty(0, dtype=torch.int32, device=device)]
     for start in range(0, numel, _CHUNK):
@@ -34,7 +35,7 @@ def score_of_key(key: int) -> float:
     return float(np.array(bits, np.uint32).view(np.float32))
 
 
-def score_histogram(scores, firsts, shift, digits) -> Tensor:
+def score_histogram(scores: Sequence[Tensor], firsts: Sequence[int], shift: int, digits: int) -> Tensor:
     """Count each tensor's scores by key, int64 [n, 2**digits + 1].
 
     Entry d of a tensor's row counts the keys from first + d * 2**shift to first + (d + 1) * 2**shift - 1, the last
@@ -50,7 +51,9 @@ def score_histogram(scores, firsts, shift, digits) -> Tensor:
     return counts
 
 
-def threshold_bits(scores, thresholds, tie_ends, lowest=False) -> Tensor:
+def threshold_bits(
+    scores: Sequence[Tensor], thresholds: Sequence[float], tie_ends: Sequence[int], lowest: bool = False
+) -> Tensor:
     """Pack the scores above their tensor's threshold, and those equal to it whose index is below its tie_end.
 
     ``lowest``: the scores below it. Compared in fp32, which 16-bit scores are widened to; NaN is never kept. The
@@ -65,12 +68,12 @@ def threshold_bits(scores, thresholds, tie_ends, lowest=False) -> Tensor:
     return torch.cat(packed)
 
 
-def popcount_bits(words) -> Tensor:
+def popcount_bits(words: Tensor) -> Tensor:
     """Count the set bits, int64 []."""
     return unpack_bits(words, 32 * words.numel()).sum()
 
 
-def overlap_bits(a, b) -> Tensor:
+def overlap_bits(a: Tensor, b: Tensor) -> Tensor:
     """Count the set bits of ``a & b`` and of ``a | b``, int64 [2]."""
     return torch.stack((popcount_bits(a & b), popcount_bits(a | b)))
 

@@ -10,6 +10,6 @@ from .selection import score_histogram as score_histogram
 from .selection import threshold_bits as threshold_bits
 from .squares import square_accumulate_ as square_accumulate_
 from .update import adamw_ as adamw_
-from .update import adamw_bernoulli_ as adamw_bernoulli_
-from .update import adamw_compact_ as adamw_compact_
-from .update import adamw_masked_ as adamw_masked_
+
+NAME = "triton"
+DIGITS = 4  # bits of a key that `score_histogram` counts at its best, by comparing in registers

@@ -70,6 +70,7 @@ def begin_kernel(table, scalars, n, grad_scale, found_inf, grad_norm, HAS_LRS: t
     last_kept = (p * 4294967296.0).to(tl.int64) - 1
 
     row = scalars + i * SCALARS
+    decay_outside = _fp64(hyper, 9, n, own) != 0
     _put(row, 0, sign * clip / scale, own)
     _put(row, 1, one / p, own)
     _put(row, 2, beta1, own)
@@ -84,6 +85,7 @@ def begin_kernel(table, scalars, n, grad_scale, found_inf, grad_norm, HAS_LRS: t
     tl.store(row + 11, t.to(tl.int32), mask=own)
     tl.store(row + 12, last_kept.to(tl.int32), mask=own)
     tl.store(row + 13, tl.where(apply, 1, 0), mask=own)
+    tl.store(row + 14, tl.where(decay_outside, 1, 0), mask=own)
 
 
 @triton.jit

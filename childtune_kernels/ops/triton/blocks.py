@@ -126,7 +126,8 @@ def masked_block(
     if DECAY_ALL:  # as the released code: weights outside the child decay
         decayed = old_param + scalar(row, 9) * old_param
         param = tl.where(keep, param, decayed + scalar(row, 10) * decayed)
-        written = inside
+        everywhere = tl.zeros_like(offsets) + tl.load(row + 14) != 0
+        written = keep | everywhere if FULL else keep | (everywhere & inside)
     tl.store(param_ptr, rounded(param, PARAM_DTYPE), mask=written)
     tl.store(exp_avg_ptr, rounded(exp_avg, STATE_DTYPE), mask=keep)
     tl.store(exp_avg_sq_ptr, rounded(exp_avg_sq, STATE_DTYPE), mask=keep)

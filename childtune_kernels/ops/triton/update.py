@@ -10,8 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference import HYPER_COLUMNS
-from ..tensors import IntList, TensorList
+from ..update import DECAY_OUTSIDE, Update
 from .adamw import CHILD, COMPANION, EXP_AVG, EXP_AVG_SQ, GRAD, KEY, NUMEL, PARAM, ROUNDING_KEY, SCALARS, begin_kernel
 from .blocks import GRAD_PACKED, compact_block, dense_block, masked_block
 from .launch import INTERPRET, OPTIONS, TRITON_DTYPES, is_aligned, layout, locate, on_device, upload
@@ -159,37 +158,53 @@ def _sizes(rule: int, low_precision: bool) -> tuple[int, int, int, int]:
     return _LOW_PRECISION_SIZES if low_precision and rule in (_PLAIN.value, _BERNOULLI.value) else _SIZES[rule]
 
 
-def _run(rule, lists, keys, children, companions, rounding_keys, lrs, grad_scale, found_inf, grad_norm) -> None:
-    """Upload one table, derive the scalars in one launch, update in one launch a combination of dtypes."""
-    if not lists[0]:
+def _rule(update: Update) -> int:
+    """Return what the kernel does with gradients, by what the update's lists hold."""
+    if update.mask_words:
+        return (_CHILD_DECAY_ALL if update.hyper.numpy()[:, DECAY_OUTSIDE].any() else _CHILD).value
+    if update.indices:
+        return (_COMPACT_BERNOULLI if update.draws else _COMPACT).value
+    return (_BERNOULLI if update.draws else _PLAIN).value
+
+
+def adamw_(update: Update) -> None:
+    """Launch `reference.adamw_`: upload one table, derive the scalars, update in one launch a combination of dtypes."""
+    n = len(update)
+    if not n:
         return
-    hyper = lists[-1]
-    params, grads, exp_avgs, exp_avg_sqs, steps = tensors = [TensorList.of(values) for values in lists[:-1]]
-    companions = TensorList.of(companions)
-    device, n = params[0].device, len(params)
-    block, part, scalar_part, num_warps = _sizes(rule, bool(companions) or bool(rounding_keys))
-    compact = rule in (_COMPACT.value, _COMPACT_BERNOULLI.value)
-    sparse = compact and exp_avgs.sizes.sum() <= _SPARSE_CHILD * params.sizes.sum()
+    device, rule = update.device, _rule(update)
+    block, part, scalar_part, num_warps = _sizes(rule, bool(update.companions or update.rounding_keys))
+    compact = bool(update.indices)
+    sparse = compact and update.exp_avgs.sizes.sum() <= _SPARSE_CHILD * update.params.sizes.sum()
 
-    def lay_out():
-        beside = [c.dtype if c.numel() else None for c in companions] or [None] * n
-        kinds = zip(params.dtypes, exp_avgs.dtypes, beside, strict=True)
-        return layout(device, block, exp_avgs.numels, tuple(kinds))
-
-    plan = lay_out()
+    beside = [c.dtype if c.numel() else None for c in update.companions] or [None] * n
+    kinds = zip(update.params.dtypes, update.exp_avgs.dtypes, beside, strict=True)
+    plan = layout(device, block, update.exp_avgs.numels, tuple(kinds))
     none = np.zeros(n, np.int64)
-    fields = [values.addresses for values in tensors[:-1]] + [companions.addresses if companions else none]
-    fields += [steps.addresses, TensorList.of(lrs).addresses if lrs else none]
-    fields += [IntList.of(k).array if k else none for k in (keys, rounding_keys)]
-    fields += [none if children is None else children, plan.numels]
-    host = np.concatenate((fields, hyper.numpy().view(np.int64).T))
+    children = update.mask_words.addresses if update.mask_words else none
+    if compact:
+        children = update.indices.addresses | (update.grads.sizes != update.params.sizes) * GRAD_PACKED.value
+    lists = (
+        update.params,
+        update.grads,
+        update.exp_avgs,
+        update.exp_avg_sqs,
+        update.companions,
+        update.steps,
+        update.lrs,
+    )
+    fields = [values.addresses if values else none for values in lists]
+    fields += [keys.array if keys else none for keys in (update.mask_keys, update.rounding_keys)]
+    fields += [children, plan.numels]
+    host = np.concatenate((fields, update.hyper.numpy().view(np.int64).T))
     if plan.order is not None:
         host = host[:, plan.order]
+    grad_scale, found_inf, grad_norm = update.scaling
     with on_device(device):
         table = upload(host, device)
         scalars = torch.empty(n * SCALARS.value, dtype=torch.int32, device=device)
         begin_kernel[(triton.cdiv(n, 128),)](
-            table, scalars, n, grad_scale, found_inf, grad_norm, HAS_LRS=bool(lrs), BLOCK=128, **OPTIONS
+            table, scalars, n, grad_scale, found_inf, grad_norm, HAS_LRS=bool(update.lrs), BLOCK=128, **OPTIONS
         )
         for launch in plan.launches:
             param_dtype, state_dtype, beside = launch.dtypes
@@ -203,7 +218,7 @@ def _run(rule, lists, keys, children, companions, rounding_keys, lrs, grad_scale
                 n,
                 RULE=rule,
                 BESIDE={None: NO_COMPANION, torch.float32: MASTER}.get(beside, COMPENSATION).value,
-                STOCHASTIC=bool(rounding_keys) and beside is None and param_dtype != torch.float32,
+                STOCHASTIC=bool(update.rounding_keys) and beside is None and param_dtype != torch.float32,
                 PARAM_DTYPE=TRITON_DTYPES[param_dtype],
                 STATE_DTYPE=TRITON_DTYPES[state_dtype],
                 BLOCK=block,
@@ -212,44 +227,3 @@ def _run(rule, lists, keys, children, companions, rounding_keys, lrs, grad_scale
                 num_warps=_OTHER_WARPS if compact and not (sparse and param_dtype == torch.float32) else num_warps,
                 **OPTIONS,
             )
-
-
-def adamw_(
-    params, grads, exp_avgs, exp_avg_sqs, steps, hyper, companions, rounding_keys,
-    lrs=(), grad_scale=None, found_inf=None, grad_norm=None,
-) -> None:  # fmt: skip
-    """Launch `reference.adamw_`."""
-    lists = (params, grads, exp_avgs, exp_avg_sqs, steps, hyper)
-    _run(_PLAIN.value, lists, None, None, companions, rounding_keys, lrs, grad_scale, found_inf, grad_norm)
-
-
-def adamw_bernoulli_(
-    params, grads, exp_avgs, exp_avg_sqs, steps, hyper, keys, companions, rounding_keys,
-    lrs=(), grad_scale=None, found_inf=None, grad_norm=None,
-) -> None:  # fmt: skip
-    """Launch `reference.adamw_bernoulli_`."""
-    lists = (params, grads, exp_avgs, exp_avg_sqs, steps, hyper)
-    _run(_BERNOULLI.value, lists, keys, None, companions, rounding_keys, lrs, grad_scale, found_inf, grad_norm)
-
-
-def adamw_masked_(
-    params, grads, exp_avgs, exp_avg_sqs, steps, hyper, mask_words, decay_all,
-    lrs=(), grad_scale=None, found_inf=None, grad_norm=None,
-) -> None:  # fmt: skip
-    """Launch `reference.adamw_masked_`."""
-    lists = (params, grads, exp_avgs, exp_avg_sqs, steps, hyper)
-    rule = (_CHILD_DECAY_ALL if decay_all else _CHILD).value
-    _run(rule, lists, None, TensorList.of(mask_words).addresses, (), (), lrs, grad_scale, found_inf, grad_norm)
-
-
-def adamw_compact_(
-    params, grads, exp_avgs, exp_avg_sqs, steps, hyper, indices, keys, companions, rounding_keys,
-    lrs=(), grad_scale=None, found_inf=None, grad_norm=None,
-) -> None:  # fmt: skip
-    """Launch `reference.adamw_compact_`."""
-    lists = (TensorList.of(params), TensorList.of(grads), TensorList.of(exp_avgs), exp_avg_sqs, steps, hyper)
-    p = hyper.numpy()[:, HYPER_COLUMNS.index("reserve_p")]
-    rule = (_COMPACT_BERNOULLI if (p < 1).any() else _COMPACT).value
-    packed = lists[1].sizes != lists[0].sizes
-    children = TensorList.of(indices).addresses | packed * GRAD_PACKED.value
-    _run(rule, lists, keys, children, companions, rounding_keys, lrs, grad_scale, found_inf, grad_norm)
