@@ -236,7 +236,7 @@ def test_a_parameter_cast_to_float64_is_refused():
 @pytest.mark.parametrize("impl", ["csrc", "triton"])
 def test_an_unavailable_implementation_is_refused_with_its_reason(impl, monkeypatch):
     monkeypatch.setattr(
-        ops, "unavailable", lambda name, device: None if name == "reference" else "there is no compiler"
+        ops.registry, "unavailable", lambda name, device: None if name == "reference" else "there is no compiler"
     )
     ops.implementation.cache_clear()
     try:
