@@ -1,4 +1,4 @@
-"""Writes README's plots and its tables of step times from the result files: `python benchmarks/report.py`."""
+"""Writes the plots and the tables of both READMEs from the result files: `python benchmarks/report.py`."""
 
 from __future__ import annotations
 
@@ -81,6 +81,27 @@ def child_section() -> str:
             )
     rounds = len(reports[0]["copy_bandwidth"])
     return "\n".join([*lines, "", f"{where}. {rounds} rounds, commit {reports[0]['commit']}."])
+
+
+SPEED = ("torch AdamW fused", "ours (triton), no mask", "ours (triton), F p=0.3", "ours (triton), D p=0.1")
+SPEED += ("ours (triton), D p=0.1, clustered",)
+
+
+def speed_section() -> str:
+    """Return the rows of `child_section` that a newcomer asks for, both dtypes side by side."""
+    reports = [load(f"h200-bert-large-{dtype}-child") for dtype in ("float32", "bfloat16")]
+    lines = ["| | float32, ms | of torch fused | bfloat16, ms | of torch fused |", "| --- | --- | --- | --- | --- |"]
+    for label in SPEED:
+        cells = []
+        for report in reports:
+            busy, baseline = (statistics.median(r["busy"] for r in report["rows"][k]) for k in (label, SPEED[0]))
+            cells += [f"{busy:.2f}", f"{busy / baseline:.2f}"]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    machine = reports[0]["machine"]
+    where = f"{machine['device']}, torch {machine['torch']}, Triton {machine['triton']}"
+    return "\n".join(
+        [*lines, "", f"{where}. Medians of {len(reports[0]['copy_bandwidth'])} rounds, commit {reports[0]['commit']}."]
+    )
 
 
 def _least_seconds(report: dict, row: dict, label: str) -> float:
@@ -199,20 +220,24 @@ def plot() -> None:
     figure.savefig(PLOT, dpi=110)
 
 
-def write_readme() -> None:
-    """Put the tables between README's markers."""
-    body = "\n\n".join(section(name) for name in FILES if (RESULTS / f"{name}.json").exists())
-    readme = ROOT / "README.md"
+def write(readme: Path, blocks: dict[str, str]) -> None:
+    """Put tables between a file's markers."""
     text = readme.read_text()
-    blocks = {"bench": body, "child": child_section(), "memory": memory_section(), "fisher": fisher_section()}
-    blocks["overlap"] = overlap_section()
     for marker, block in blocks.items():
         begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
         text = re.sub(f"{begin}.*{end}", lambda _, b=begin, k=block, e=end: f"{b}\n{k}\n{e}", text, flags=re.S)
     readme.write_text(text)
 
 
+def tables() -> dict[str, str]:
+    """Return the blocks of benchmarks/README.md."""
+    body = "\n\n".join(section(name) for name in FILES if (RESULTS / f"{name}.json").exists())
+    blocks = {"bench": body, "child": child_section(), "memory": memory_section(), "fisher": fisher_section()}
+    return {**blocks, "overlap": overlap_section()}
+
+
 if __name__ == "__main__":
     plot()
     demo.plot(load("demo_cpu"), RESULTS / "demo_cpu.png")
-    write_readme()
+    write(ROOT / "README.md", {"speed": speed_section()})
+    write(ROOT / "benchmarks" / "README.md", tables())
