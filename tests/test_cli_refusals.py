@@ -251,20 +251,20 @@ def test_a_causal_lm_needs_no_labels(room, monkeypatch, capsys):
 # ---- the other commands ---------------------------------------------------------------------------------------------
 
 OTHERS = [
-    ("plan --model bert-large --p 0", "--p: must be in (0, 1], got 0"),
-    ("plan --model bert-large --p 1.5", "--p: must be in (0, 1], got 1.5"),
-    ("plan --model bert-large --p inf", "--p: must be in (0, 1], got inf"),
-    ("plan --model gpt-5", "invalid choice: 'gpt-5'"),
-    ("plan", "one of the arguments --model --config --shapes is required"),
-    ("plan --config nope", "--config must be a folder with a config.json, got nope"),
-    ("plan --config bert-large-uncased", "--config must be a folder with a config.json, got bert-large-uncased"),
-    ("plan --config bad_config", "bad_config"),
-    ("plan --shapes absent.json", "absent.json"),
-    ("plan --shapes bad.json", "bad.json cannot be read: Extra data: line 2 column 1"),
-    ("plan --shapes binary.jsonl", "binary.jsonl cannot be read"),
-    ("plan --shapes large.json", "large.json must hold an object of parameter name -> list of sizes"),
-    ("plan --shapes yes.json", "yes.json must hold an object of parameter name -> list of sizes"),
-    ("plan --shapes empty.json", "empty.json must hold an object of parameter name -> list of sizes"),
+    ("memory --model bert-large --p 0", "--p: must be in (0, 1], got 0"),
+    ("memory --model bert-large --p 1.5", "--p: must be in (0, 1], got 1.5"),
+    ("memory --model bert-large --p inf", "--p: must be in (0, 1], got inf"),
+    ("memory --model gpt-5", "invalid choice: 'gpt-5'"),
+    ("memory", "one of the arguments --model --config --shapes is required"),
+    ("memory --config nope", "--config must be a folder with a config.json, got nope"),
+    ("memory --config bert-large-uncased", "--config must be a folder with a config.json, got bert-large-uncased"),
+    ("memory --config bad_config", "bad_config"),
+    ("memory --shapes absent.json", "absent.json"),
+    ("memory --shapes bad.json", "bad.json cannot be read: Extra data: line 2 column 1"),
+    ("memory --shapes binary.jsonl", "binary.jsonl cannot be read"),
+    ("memory --shapes large.json", "large.json must hold an object of parameter name -> list of sizes"),
+    ("memory --shapes yes.json", "yes.json must hold an object of parameter name -> list of sizes"),
+    ("memory --shapes empty.json", "empty.json must hold an object of parameter name -> list of sizes"),
     ("bench --device cuda:77", "--device: expected a device that torch sees"),
     ("bench --device tpu", "--device: expected auto, cpu or cuda, got 'tpu'"),
     ("bench --device cpu --impl triton", "--impl triton is not available on cpu: Triton"),
@@ -342,9 +342,9 @@ def test_warnings_say_who_warns():
     code = (
         "import warnings; from childtune_kernels import cli; cli._run = lambda argv: warnings.warn('so\\nit is') or 0"
     )
-    code += "; raise SystemExit(cli.main(['plan']))"
+    code += "; raise SystemExit(cli.main(['memory']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "childtune plan: note: so it is\n")
+    assert (done.returncode, done.stderr) == (0, "childtune memory: note: so it is\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -360,7 +360,7 @@ def test_help_says_every_default(command, capsys):
         "fisher": [("--p P", "0.1"), ("--rule", "exact"), ("--labels", "true"), ("--scope", "backbone"),
                    ("--batch-size", "16"), ("--max-length", "128"), ("--seed", "0"), ("--device", "auto")],
         "bench": [("--dtype", "float32"), ("--rounds", "3"), ("--repeats", "20"), ("--device", "auto")],
-        "plan": [("--p P", "0.1"), ("--dtype", "bfloat16")],
+        "memory": [("--p P", "0.1"), ("--dtype", "bfloat16")],
         "demo": [("--seeds", "5"), ("--methods", "all"), ("--device", "auto")],
     }.get(command, []):  # fmt: skip
         described = text[text.rindex(f" {flag} ") :]

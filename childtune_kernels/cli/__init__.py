@@ -21,11 +21,12 @@ COMMANDS = {
     "demo": "compare vanilla AdamW with Child-Tuning on real images with few labels, in minutes on a CPU",
     "doctor": "say which implementations work here and how they were built, and check them against the reference",
     "bench": "measure the optimizer step",
-    "plan": "say how much memory a model takes to train, by method",
+    "memory": "say how much memory a model takes to train, by method",
     "fisher": "choose the child network of a Hugging Face checkpoint for a task, by exact Fisher information",
     "delta": "keep what fine-tuning changed as a file of its own, and put it back",
     "overlap": "say how much child networks have in common, from their files",
 }
+RENAMED = {"plan": "memory"}  # old name -> new: still understood, no longer listed
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -49,6 +50,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return its exit code; only that sub-command's module is imported."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    argv[:1] = [RENAMED.get(word, word) for word in argv[:1]]
     name = " ".join(["childtune", *(word for word in argv[:1] if word in COMMANDS)])
     with _warnings_of(name):
         return _reported(argv, name)

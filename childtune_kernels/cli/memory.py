@@ -1,4 +1,4 @@
-"""`childtune plan`: the memory that training a model takes, by method, before anything is allocated."""
+"""`childtune memory`: the memory that training a model takes, by method, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = ("weights", "gradients", "moments", "companions", "indices", "total")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of `childtune plan`."""
+    """Declare the flags of `childtune memory`."""
     of = parser.add_mutually_exclusive_group(required=True)
     of.add_argument("--model", choices=SHAPES, help="parameter shapes that this package knows")
     of.add_argument("--config", type=Path, metavar="FOLDER", help="a model's, with its config.json")
