@@ -12,11 +12,10 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from childtune_kernels import ChildMask, estimate_fisher
 from childtune_kernels.cli.bench import commit
-from childtune_kernels.experiments import digits
+from childtune_kernels.experiments import digits, training
 from childtune_kernels.measure import timing
 from childtune_kernels.measure.peers import touched_groups
 
@@ -24,19 +23,13 @@ RULES = ("exact", "batch", "released")
 SHARES = (0.1, 0.3)
 
 
-def per_example_loss(model, batch) -> torch.Tensor:
-    """Return each image's loss."""
-    return cross_entropy(model(batch.pixels), batch.labels, reduction="none")
-
-
 def children(pretrained, task, protocol, seed: int) -> dict[float, dict[str, ChildMask]]:
     """Return share -> rule -> child of the encoder layers, for one draw of training images and head."""
-    rows = torch.randperm(len(task.pool.labels), generator=torch.Generator().manual_seed(seed))
-    images = task.pool[rows[: protocol.train_images]]
-    model = digits.with_fresh_head(pretrained, seed)
+    images = training.drawn(task, protocol, seed)
+    model = training.with_fresh_head(pretrained, seed)
     size = protocol.batch_size
     batches = [images[i : i + size] for i in range(0, protocol.train_images, size)]
-    fishers = {rule: estimate_fisher(model, batches, per_example_loss, rule=rule) for rule in RULES}
+    fishers = {rule: estimate_fisher(model, batches, training.per_example_loss, rule=rule) for rule in RULES}
     found = {p: {rule: fisher.top(p, scope="released") for rule, fisher in fishers.items()} for p in SHARES}
     for p, masks in found.items():
         masks["random"] = ChildMask.random({n: masks["exact"].shape(n) for n in masks["exact"]}, p, seed)
@@ -52,7 +45,7 @@ def main() -> None:
     torch.set_num_threads(1)  # the same numbers on any number of cores
     protocol = digits.Protocol()
     task = digits.load_task(protocol, torch.device("cpu"))
-    pretrained = digits.pretrain(task, protocol, lambda: None)
+    pretrained = training.pretrain(task, protocol, lambda: None)
     report = {"date": date.today().isoformat(), "commit": commit(), "machine": timing.machine(torch.device("cpu"))}
     report |= {"seeds": args.seeds, "images": protocol.train_images, "batch": protocol.batch_size, "shares": {}}
     for seed in range(args.seeds):

@@ -7,8 +7,8 @@ import re
 import statistics
 from pathlib import Path
 
-from childtune_kernels.cli import demo
 from childtune_kernels.cli.bench import summary
+from childtune_kernels.experiments import compare
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -238,6 +238,6 @@ def tables() -> dict[str, str]:
 
 if __name__ == "__main__":
     plot()
-    demo.plot(load("demo_cpu"), RESULTS / "demo_cpu.png")
+    compare.plot(load("demo_cpu"), RESULTS / "demo_cpu.png")
     write(ROOT / "README.md", {"speed": speed_section()})
     write(ROOT / "benchmarks" / "README.md", tables())

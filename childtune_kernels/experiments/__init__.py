@@ -1,1 +1,1 @@
-"""Experiments: tasks, training, and fair comparisons of methods."""
+"""Experiments: tasks, training, and comparisons of methods over seeds."""
