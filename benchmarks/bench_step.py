@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from childtune_kernels import ops
-from childtune_kernels.cli import bench
+from childtune_kernels.measure.parity import difference
 from childtune_kernels.measure.peers import contenders
+from childtune_kernels.measure.results import DTYPES
 from childtune_kernels.measure.shapes import SHAPES
 from childtune_kernels.measure.timing import step_and_wait
 
@@ -21,9 +22,10 @@ ROWS = contenders(IMPLS)
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def dtype(request) -> torch.dtype:
-    dtype = bench.DTYPES[request.param]
+    dtype = DTYPES[request.param]
     for impl in IMPLS:
-        assert bench.is_bitwise_reference(impl, DEVICE, dtype), f"{impl} differs from the reference: no numbers"
+        how = difference(impl, DEVICE, dtype)
+        assert how is None, f"{impl}: no numbers: {how}"
     return dtype
 
 

@@ -7,8 +7,8 @@ import re
 import statistics
 from pathlib import Path
 
-from childtune_kernels.cli.bench import summary
 from childtune_kernels.experiments import compare
+from childtune_kernels.measure.results import summary
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

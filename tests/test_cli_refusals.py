@@ -101,7 +101,7 @@ def refused(room, monkeypatch, capsys):
     monkeypatch.setattr(socket, "getaddrinfo", nowhere)
     monkeypatch.setattr(socket.socket, "connect", nowhere)
     monkeypatch.setattr(fisher_command, "estimate_fisher", lambda *a, **k: pytest.fail("the work had begun"))
-    monkeypatch.setattr(bench, "is_bitwise_reference", lambda *a: pytest.fail("the work had begun"))
+    monkeypatch.setattr(bench, "difference", lambda *a: pytest.fail("the work had begun"))
 
     def check(argv, fragment, code=2):
         before = listing(room)
@@ -327,7 +327,7 @@ def test_bugs_are_one_line_and_a_traceback_on_demand(monkeypatch, capsys):
     def broken(*args):
         raise KeyError("a bug\nof two lines")
 
-    monkeypatch.setattr(doctor, "self_check", broken)
+    monkeypatch.setattr(doctor, "difference", broken)
     monkeypatch.delenv("CHILDTUNE_DEBUG", raising=False)
     assert main(["doctor"]) == 1
     err = capsys.readouterr().err
@@ -410,7 +410,7 @@ def test_an_interrupt_is_one_line_in_every_command(room, monkeypatch, capsys):
     task_file(room, OK)
     monkeypatch.setattr(fisher_command, "load", interrupted)
     monkeypatch.setattr(doctor, "machine", interrupted)
-    monkeypatch.setattr(bench, "is_bitwise_reference", interrupted)
+    monkeypatch.setattr(bench, "difference", interrupted)
     for line in ("fisher three task.jsonl --out x.safetensors", "doctor", "bench --device cpu"):
         assert main(line.split()) == 130
         assert capsys.readouterr().err == f"childtune {line.split()[0]}: interrupted\n"

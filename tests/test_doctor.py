@@ -1,10 +1,10 @@
 """`childtune doctor`: what it says of whole implementations and of broken ones."""
 
 import pytest
-import torch
 
 from childtune_kernels import ops
-from childtune_kernels.cli import doctor, main
+from childtune_kernels.cli import bench, doctor, main
+from childtune_kernels.measure import parity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -20,21 +20,14 @@ def test_doctor_is_content(capsys):
         assert any(line.startswith(f"cpu   {impl}") and (reason or "yes") in line for line in out.splitlines())
 
 
-@pytest.mark.parametrize("broken", ["one bit", "an exception"])
-def test_doctor_finds_a_broken_implementation(broken, monkeypatch, capsys):
-    trained, calls = doctor._trained, []
-
-    def damaged(method, impl, device_type):
-        calls.append(impl)
-        result = trained(method, impl, device_type)
-        if method == "D" and len(calls) % 2 == 0:  # the second of each pair is the one under test
-            if broken == "an exception":
-                raise RuntimeError("no kernel image")
-            result["matrix"].view(-1)[-1:].view(torch.int32).bitwise_xor_(1)
-        return result
-
-    monkeypatch.setattr(doctor, "_trained", damaged)
+@pytest.mark.parametrize("how", ["D: matrix differ from the reference", "D: RuntimeError: no kernel image"])
+def test_doctor_finds_a_broken_implementation(how, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "difference", lambda impl, device: how if impl == "reference" else None)
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
-    assert "FAILED: D: " + ("RuntimeError: no kernel image" if broken == "an exception" else "matrix differ") in out
+    assert [line.split()[1] for line in out.splitlines() if f"FAILED: {how}" in line][0] == "reference"
     assert out.rstrip().endswith("FAILED")
+
+
+def test_doctor_and_bench_have_one_gate():
+    assert doctor.difference is bench.difference is parity.difference

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import torch
 
-from .. import ChildAdamW, ChildMask, __version__, ops
+from .. import __version__, ops
+from ..measure.parity import STEPS, difference
 from ..measure.timing import machine
 
 DEVICE_TYPES = ("cpu", "cuda")
 BUILT = Path(__file__).resolve().parent.parent / "_build.txt"  # setup.py writes it: pip shows no output of a build
-SHAPES = {"matrix": (33, 65), "vector": (1025,), "scalar": ()}  # odd, a block and one more, and one element
-STEPS = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         chosen = None if absent else ops.implementation("auto", device_type).NAME
         for impl in ops.IMPLEMENTATIONS:
             reason = "torch sees no CUDA device" if absent else ops.unavailable(impl, device_type)
-            failure = None if reason else self_check(impl, device_type)
+            failure = None if reason else difference(impl, device_type)
             healthy &= failure is None
             verdict = f"no: {reason}" if reason else f"FAILED: {failure}" if failure else "yes"
             print(f"{device_type:<5} {impl:<12} {verdict}{'  <- auto' if impl == chosen else ''}")
@@ -57,34 +56,3 @@ def faster_than(chosen: str, device_type: str) -> str:
     if device_type == "cuda" and chosen != "triton":
         ways.append("pip install 'childtune_kernels[triton]'")
     return f"; for a faster one: {', or '.join(ways)}" if ways else ""
-
-
-def self_check(impl: str, device_type: str) -> str | None:
-    """Return how an implementation differs from the reference after a few steps of F and of D, None if it does not."""
-    for method in ("F", "D"):
-        try:
-            expected, got = (_trained(method, name, device_type) for name in ("reference", impl))
-        except Exception as error:  # a doctor reports whatever a broken installation raises
-            return f"{method}: {type(error).__name__}: {error}"
-        different = [name for name in expected if not torch.equal(expected[name], got[name])]
-        if different:
-            return f"{method}: {', '.join(different)} differ from the reference"
-    return None
-
-
-def _trained(method: str, impl: str, device_type: str) -> dict[str, torch.Tensor]:
-    """Return weights and moments after a few steps on fixed gradients, by name."""
-    generator = torch.Generator().manual_seed(0)
-    params = {
-        name: torch.nn.Parameter(torch.randn(shape, generator=generator).to(device_type))
-        for name, shape in SHAPES.items()
-    }
-    bits = {"matrix": torch.rand(SHAPES["matrix"], generator=generator) < 0.3}  # the other two are trained fully
-    child = dict(reserve_p=0.3, seed=1) if method == "F" else dict(mask=ChildMask.from_dense(bits))
-    optimizer = ChildAdamW(params.items(), lr=0.01, impl=impl, **child)
-    for _ in range(STEPS):
-        for param in params.values():
-            param.grad = torch.randn(param.shape, generator=generator).to(device_type)
-        optimizer.step()
-    state = {f"{key} of {name}": optimizer.state[p][key] for name, p in params.items() for key in optimizer.state[p]}
-    return {**{name: param.detach() for name, param in params.items()}, **state}

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
+from ..measure.results import DTYPES
 from ..measure.shapes import SHAPES
 from ..optim.memory import Memory, predict
 from .inputs import model_folder, quiet_transformers, read_text, refusing, require_packages, share
 from .text import Refused, markdown, size
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = ("weights", "gradients", "moments", "companions", "indices", "total")
 
 
