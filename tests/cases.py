@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from oracles import same_bits, stochastic, written_order_step
 from torch import Tensor
 
 from childtune_kernels import ChildAdamW, ChildMask, ops, philox
+from childtune_kernels.ops.tensors import TensorList
+from childtune_kernels.ops.update import DECAY_OUTSIDE, RESERVE_P
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 1024  # the largest unit of work of any kernel
@@ -39,7 +42,7 @@ class Guards:
         return all(bool((x == SENTINEL).all()) for x in outside)
 
 
-def hyper_row(i: int = 0, *, dialect="torch", p=1.0, sign=1.0, max_grad_norm=math.inf, decay_outside=False, **fixed):
+def hyper_row(i: int = 0, *, dialect="torch", **fixed) -> tuple[float, ...]:
     """A row of the hyper table that differs from parameter to parameter."""
     row = dict(
         lr=1e-2 / (i + 1),
@@ -47,33 +50,66 @@ def hyper_row(i: int = 0, *, dialect="torch", p=1.0, sign=1.0, max_grad_norm=mat
         beta2=(0.999, 0.95)[i % 2],
         eps=(1e-8, 1e-4, 1e-6)[i % 3],
         weight_decay=(0.1, 0.0)[i // 2 % 2],
-        reserve_p=p,
-        sign=sign,
+        reserve_p=1.0,
+        sign=1.0,
         hf_dialect=float(dialect == "hf"),
-        max_grad_norm=max_grad_norm,
-        decay_outside=float(decay_outside),
+        max_grad_norm=math.inf,
+        decay_outside=0.0,
     )
     row.update(fixed)
-    return tuple(row[column] for column in ops.HYPER_COLUMNS)
+    return tuple(float(row[column]) for column in ops.HYPER_COLUMNS)
+
+
+class Kind(NamedTuple):
+    """A kind of update: by which lists it has, implementations choose their kernels."""
+
+    keys: bool = False  # F
+    words: bool = False  # dense D
+    indices: bool = False  # packed D
+    packed: bool = False  # gradients lie like the moments of packed D
+    p: tuple[float, ...] = (1.0,)  # of the parameters in turn, as the next
+    decay_outside: tuple[bool, ...] = (False,)
+
+    def row(self, i: int, **fixed) -> tuple[float, ...]:
+        """Parameter i's row of the hyper table."""
+        p, outside = (values[i % len(values)] for values in (self.p, self.decay_outside))
+        return hyper_row(i, **{"reserve_p": p, "decay_outside": outside, **fixed})
+
+
+PLAIN = Kind()
+BERNOULLI = Kind(keys=True, p=(0.6, 0.3, 0.3))
+COMPACT = Kind(indices=True, keys=True, decay_outside=(True,))  # which only dense D reads
+KINDS_OF_UPDATE = {
+    "plain": PLAIN,
+    "bernoulli": BERNOULLI,
+    "child": Kind(words=True),
+    "child, decay all": Kind(words=True, decay_outside=(True,)),
+    "child, decay some": Kind(words=True, decay_outside=(True, False, False)),
+    "compact": COMPACT,
+    "compact, packed gradient": Kind(indices=True, packed=True),
+    "compact, bernoulli": Kind(indices=True, keys=True, p=(0.6, 0.3, 0.3)),
+}
 
 
 class Case:
-    """One op's lists on a device, beside a CPU copy that takes the same steps in the written order."""
+    """An update on a device, beside a CPU copy that takes the same steps in the written order."""
 
     def __init__(
         self,
         device,
+        kind=PLAIN,
         *,
         shapes=SHAPES,
         dtypes=DTYPES,
         moment_dtype=torch.float32,
-        rows=None,
         offset=3,
         lr_list=False,
         rounding="nearest",
+        shares=(0.0, 0.1, 0.7, 1.0),
+        **hyper,
     ):
         generator = torch.Generator().manual_seed(1)
-        self.device, self.generator, self.guards = device, generator, Guards()
+        self.device, self.kind, self.generator, self.guards = device, kind, generator, Guards()
         self.specs = [
             (shape, dtypes[(i + j) % len(dtypes)]) for j in range(len(dtypes)) for i, shape in enumerate(shapes)
         ]
@@ -87,10 +123,10 @@ class Case:
         )
         self.steps = [torch.zeros((), dtype=torch.float64, device=device) for _ in range(n)]
         self.t = 0
-        self.rows = [hyper_row(i) for i in range(n)] if rows is None else rows(n)
+        self.rows = [kind.row(i, **hyper) for i in range(n)]
         self.hyper = torch.tensor(self.rows, dtype=torch.float64).view(n, len(ops.HYPER_COLUMNS))
         self.keys = [philox.stream_key(11, f"p{i}") for i in range(n)]
-        self.children = [torch.rand(shape, generator=generator) < (0.0, 0.1, 0.7, 1.0)[i % 4]
+        self.children = [torch.rand(shape, generator=generator) < shares[i % len(shares)]
                          for i, (shape, _) in enumerate(self.specs)]  # fmt: skip
         self.words = [ops.pack_bits(child).to(device) for child in self.children]
         for i in range(4, n, 5):  # no words: the whole tensor is in the child
@@ -100,12 +136,17 @@ class Case:
         self.companions: list[Tensor] = []
         self.true = [[w.float(), None] for w in weights]  # fp32 weights and, where there is one, their companion
         self.lrs = [torch.tensor(0.02 / (i + 1), device=device) for i in range(n)] if lr_list else []
+        if kind.indices:
+            self._pack()
+        if rounding in ("master", "compensation"):
+            self._accompany()
+        self.update = self._update()
 
     def _place(self, values: Tensor, i: int) -> Tensor:
         return self.guards.place(values.to(self.device), i % self.offset if self.offset else 0)
 
     def _pack(self) -> None:
-        """Replace the moments, zero so far, by the child's: what adamw_compact_ takes."""
+        """Replace the moments, zero so far, by the child's: what indices go with."""
         for i, (child, words) in enumerate(zip(self.children, self.words, strict=True)):
             index = child.flatten().nonzero().flatten().int()
             index = index if words.numel() else index[:0]  # no words: the whole tensor, which has no indices either
@@ -122,8 +163,25 @@ class Case:
             packed = self.packed(i, companion) if weight.dtype != torch.float32 else self.true[i][1]
             self.companions.append(self._place(packed, i + 2))
 
+    def _update(self) -> ops.Update:
+        kind = self.kind
+        return ops.Update(
+            params=self.params,
+            grads=[],  # each step brings its own
+            exp_avgs=self.exp_avgs,
+            exp_avg_sqs=self.exp_avg_sqs,
+            steps=self.steps,
+            hyper=self.hyper,
+            indices=self.indices if kind.indices else [],
+            mask_words=self.words if kind.words else [],
+            mask_keys=self.keys if kind.keys else [],
+            companions=self.companions,
+            rounding_keys=[key ^ 5 for key in self.keys] if self.rounding == "stochastic" else [],
+            lrs=self.lrs,
+        )
+
     def packed(self, i: int, values: Tensor) -> Tensor:
-        """The child's entries of a parameter-shaped tensor, as adamw_compact_ holds them."""
+        """The child's entries of a parameter-shaped tensor, as packed D holds them."""
         return values[self.children[i].to(values.device)] if self.indices and self.words[i].numel() else values
 
     def new_grads(self, *, scale: float = 1.0, special: float | None = None) -> list[Tensor]:
@@ -135,41 +193,27 @@ class Case:
             grads.append(self._place(grad.to(dtype), i + 1))
         return grads
 
-    def step(
-        self, kernels, op: str, grads, *, decay_all=False, packed=False, scale=None, found_inf=None, norm=None
-    ) -> None:
-        """Run one op call on the device and, unless it must be skipped, the written order on the copy."""
-        if op == "adamw_compact_" and not self.indices:
-            self._pack()
-        if self.rounding in ("master", "compensation") and not self.companions:
-            self._accompany()
+    def step(self, kernels, grads, *, scale=None, found_inf=None, norm=None) -> None:
+        """Take a step on the device, with the one update that all steps share, and on the copy, unless skipped."""
         dense = [g.cpu() for g in grads]
-        if packed:
+        if self.kind.packed:
             grads = [self._place(self.packed(i, g), i + 1) for i, g in enumerate(grads)]
         before = [g.clone() for g in grads]
         scaling = [None if x is None else torch.tensor(float(x), device=self.device) for x in (scale, found_inf, norm)]
-        lists = (self.params, grads, self.exp_avgs, self.exp_avg_sqs, self.steps, self.hyper)
-        low = (self.companions, [key ^ 5 for key in self.keys] if self.rounding == "stochastic" else [])
-        extra = {
-            "adamw_": low,
-            "adamw_bernoulli_": (self.keys, *low),
-            "adamw_masked_": (self.words, decay_all),
-            "adamw_compact_": (self.indices, self.keys, *low),
-        }
-        getattr(kernels, op)(*lists, *extra[op], self.lrs, *scaling)
+        self.update.grads, self.update.scaling = TensorList(grads), ops.Scaling(*scaling)
+        kernels.adamw_(self.update)
         assert all(same_bits(a, b) for a, b in zip(before, grads, strict=True)), "a gradient was written"
         if found_inf:
             return
         self.t += 1
         for i, (golden, row) in enumerate(zip(self.golden, self.rows, strict=True)):
-            lr = self.lrs[i].item() if self.lrs else None
+            lr, p = self.lrs[i].item() if self.lrs else None, row[RESERVE_P]
             kwargs = dict(lr=lr, scale=scale, norm=norm)
-            if op == "adamw_bernoulli_" or (op == "adamw_compact_" and row[5] < 1):
+            if self.kind.keys and p < 1:
                 elements = torch.arange(golden[0].numel())
-                keep = philox.keep_bits(elements, self.keys[i], self.t, row[5]).view(golden[0].shape)
-                kwargs.update(keep=keep)
-            if op in ("adamw_masked_", "adamw_compact_"):
-                kwargs.update(child=self.children[i], decay_all=decay_all)
+                kwargs.update(keep=philox.keep_bits(elements, self.keys[i], self.t, p).view(golden[0].shape))
+            if self.kind.words or self.kind.indices:
+                kwargs.update(child=self.children[i], decay_outside=self.kind.words and row[DECAY_OUTSIDE])
             if self.rounding == "nearest" or golden[0].dtype == torch.float32:
                 golden[:] = written_order_step(golden[0], dense[i], *golden[1:], self.t, row, **kwargs)
             else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from types import SimpleNamespace
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -19,7 +19,7 @@ class Place(NamedTuple):
     device: str
 
     @property
-    def kernels(self) -> SimpleNamespace:
+    def kernels(self) -> ModuleType:
         return ops.implementation(self.impl, self.device)
 
 

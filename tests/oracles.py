@@ -106,7 +106,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def written_order_step(
-    w, g, m, v, t: int, row, *, lr=None, scale=None, norm=None, keep=None, child=None, decay_all=0, raw=False
+    w, g, m, v, t: int, row, *, lr=None, scale=None, norm=None, keep=None, child=None, decay_outside=0, raw=False
 ):
     """One update in the written order of fp32 operations that the package promises, in numpy.
 
@@ -117,14 +117,14 @@ def written_order_step(
         t: the step being taken, from 1.
         row: the parameter's row of the hyper table.
         keep, child: bool, F's and D's mask.
-
+        decay_outside: whether weights outside the child decay.
         raw: leave the new weights in fp32.
 
     Returns:
         The new (w, m, v), in the dtypes that came.
     """
     f, d = np.float32, np.float64
-    lr0, beta1, beta2, eps, weight_decay, p, sign, hf, max_norm = (d(x) for x in row)
+    lr0, beta1, beta2, eps, weight_decay, p, sign, hf, max_norm, _ = (d(x) for x in row)
     lr = lr0 if lr is None else d(f(lr))
     scale = d(1) if scale is None else d(f(scale))
     W, G, M, V = (x.detach().float().numpy() for x in (w, g, m, v))
@@ -148,7 +148,7 @@ def written_order_step(
         new_w = new_w + after * new_w
     if child is not None:
         inside = child.numpy()
-        outside = (decayed if decay_all else W, M, V)
+        outside = (decayed if decay_outside else W, M, V)
         new_w, new_m, new_v = (np.where(inside, a, b) for a, b in zip((new_w, new_m, new_v), outside, strict=True))
     dtypes = (torch.float32 if raw else w.dtype, m.dtype, v.dtype)
     return tuple(torch.from_numpy(np.asarray(a)).to(t) for a, t in zip((new_w, new_m, new_v), dtypes, strict=True))

@@ -13,7 +13,7 @@ def test_doctor_is_content(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert out.rstrip().endswith("bit for bit against the reference: OK")
-    chosen = ops.implementation("auto", "cpu").name
+    chosen = ops.implementation("auto", "cpu").NAME
     assert [line.split()[:2] for line in out.splitlines() if line.endswith("<- auto")][0] == ["cpu", chosen]
     for impl in ops.IMPLEMENTATIONS:
         reason = ops.unavailable(impl, "cpu")

@@ -7,53 +7,37 @@ import operator
 
 import pytest
 import torch
-from cases import BLOCK, DTYPES, SHAPES, Case, hyper_row
+from cases import BERNOULLI, BLOCK, COMPACT, DTYPES, KINDS_OF_UPDATE, SHAPES, Case, hyper_row
 from oracles import Judge, assert_as_accurate, neighbours, same_bits
 
 from childtune_kernels import ops, philox
 
-UPDATES = {
-    "plain": ("adamw_", {}, 1.0),
-    "bernoulli": ("adamw_bernoulli_", {}, 0.3),
-    "child": ("adamw_masked_", {"decay_all": False}, 1.0),
-    "child, decay all": ("adamw_masked_", {"decay_all": True}, 1.0),
-    "compact": ("adamw_compact_", {}, 1.0),
-    "compact, packed gradient": ("adamw_compact_", {"packed": True}, 1.0),
-    "compact, bernoulli": ("adamw_compact_", {}, 0.3),
-}
 
-
-@pytest.fixture(params=UPDATES, ids=lambda name: name.replace(", ", "-").replace(" ", "-"))
+@pytest.fixture(params=KINDS_OF_UPDATE, ids=lambda name: name.replace(", ", "-").replace(" ", "-"))
 def update(request):
-    return UPDATES[request.param]
-
-
-def rows_for(p, **fixed):
-    return lambda n: [hyper_row(i, p=p if i % 3 else min(1.0, 2 * p), **fixed) for i in range(n)]
+    return KINDS_OF_UPDATE[request.param]
 
 
 @pytest.mark.parametrize("moment_dtype", DTYPES, ids=["m32", "mbf16", "m16"])
 def test_bits_over_sizes_dtypes_and_steps(update, dialect, moment_dtype, place):
-    op, kwargs, p = update
-    case = Case(place.device, moment_dtype=moment_dtype, rows=rows_for(p, dialect=dialect))
+    case = Case(place.device, update, moment_dtype=moment_dtype, dialect=dialect)
     for _ in range(4):
-        case.step(place.kernels, op, case.new_grads(), **kwargs)
+        case.step(place.kernels, case.new_grads())
         case.check()
 
 
 ROUNDINGS = ("master", "compensation", "stochastic")
-LOW = {name: of for name, of in UPDATES.items() if of[0] != "adamw_masked_"}
+LOW = {name: kind for name, kind in KINDS_OF_UPDATE.items() if not kind.words}
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("update", LOW.values(), ids=LOW)
 def test_bits_of_low_precision_weights(update, rounding, dialect, place):
-    op, kwargs, p = update
-    case = Case(place.device, rows=rows_for(p, dialect=dialect), rounding=rounding)
+    case = Case(place.device, update, dialect=dialect, rounding=rounding)
     for _ in range(4):
-        case.step(place.kernels, op, case.new_grads(), **kwargs)
+        case.step(place.kernels, case.new_grads())
         case.check()
-    case.step(place.kernels, op, case.new_grads(special=math.inf), found_inf=1.0, **kwargs)
+    case.step(place.kernels, case.new_grads(special=math.inf), found_inf=1.0)
     case.check()
 
 
@@ -61,11 +45,10 @@ def test_bits_of_low_precision_weights(update, rounding, dialect, place):
 @pytest.mark.parametrize("offset", [0, 1, 4])
 @pytest.mark.parametrize("update", LOW.values(), ids=LOW)
 def test_bits_of_low_precision_weights_at_every_alignment(update, offset, rounding, place):
-    op, kwargs, p = update
     shapes, dtypes = ((BLOCK,), (3 * BLOCK + 5,)), (torch.bfloat16, torch.float16)
-    case = Case(place.device, shapes=shapes, dtypes=dtypes, rows=rows_for(p), offset=offset, rounding=rounding)
+    case = Case(place.device, update, shapes=shapes, dtypes=dtypes, offset=offset, rounding=rounding)
     for _ in range(2):
-        case.step(place.kernels, op, case.new_grads(), **kwargs)
+        case.step(place.kernels, case.new_grads())
         case.check()
 
 
@@ -83,8 +66,8 @@ def test_stochastic_rounding_goes_to_a_neighbour_and_is_right_on_average(dtype, 
     hyper = torch.tensor([row], dtype=torch.float64)
     step = torch.zeros((), dtype=torch.float64, device=place.device)
     key = philox.stream_key(3, "w")
-    lists = ([param], [torch.zeros_like(param)], zeros[:1], zeros[1:], [step], hyper)
-    place.kernels.adamw_(*lists, [], [key], [])
+    grads = [torch.zeros_like(param)]
+    place.kernels.adamw_(ops.Update([param], grads, zeros[:1], zeros[1:], [step], hyper, rounding_keys=[key]))
     got = param.cpu().double()
     below, above = (x.double()[:, None] for x in neighbours(exact, dtype))
     assert ((got == below) | (got == above)).all()
@@ -97,7 +80,7 @@ def test_stochastic_rounding_goes_to_a_neighbour_and_is_right_on_average(dtype, 
 @pytest.mark.parametrize("special", [math.inf, -math.inf, math.nan], ids=str)
 def test_stochastic_rounding_of_what_is_not_finite(special, place):
     case = Case(place.device, shapes=((33,),), dtypes=(torch.bfloat16, torch.float16), rounding="stochastic")
-    case.step(place.kernels, "adamw_", case.new_grads(special=special))
+    case.step(place.kernels, case.new_grads(special=special))
     case.check()
 
 
@@ -105,33 +88,30 @@ def test_stochastic_rounding_of_what_is_not_finite(special, place):
 @pytest.mark.parametrize("scale", [None, 1024.0, 3.0])
 @pytest.mark.parametrize("norm", [None, 0.5, 50.0, 0.0, math.inf, math.nan], ids=str)
 def test_bits_with_scaling_clipping_and_ascent(update, norm, scale, lr_list, place):
-    op, kwargs, p = update
-    rows = rows_for(p, sign=-1.0, max_grad_norm=1.5)
-    case = Case(place.device, shapes=((33,), (BLOCK + 1,), (37, 29)), rows=rows, lr_list=lr_list)
+    shapes = ((33,), (BLOCK + 1,), (37, 29))
+    case = Case(place.device, update, shapes=shapes, lr_list=lr_list, sign=-1.0, max_grad_norm=1.5)
     for _ in range(2):
         stored_norm = None if norm is None else norm * (scale or 1.0)
-        case.step(place.kernels, op, case.new_grads(scale=scale or 1.0), scale=scale, norm=stored_norm, **kwargs)
+        case.step(place.kernels, case.new_grads(scale=scale or 1.0), scale=scale, norm=stored_norm)
         case.check()
 
 
 @pytest.mark.parametrize("special", [math.inf, -math.inf, math.nan, 0.0, -0.0, 1e-42, 3e38], ids=str)
 def test_bits_of_special_gradients(update, special, place):
-    op, kwargs, p = update
-    case = Case(place.device, shapes=((33,), (BLOCK + 1,)), dtypes=(torch.float32, torch.bfloat16), rows=rows_for(p))
+    case = Case(place.device, update, shapes=((33,), (BLOCK + 1,)), dtypes=(torch.float32, torch.bfloat16))
     for _ in range(2):
-        case.step(place.kernels, op, case.new_grads(special=special), **kwargs)
+        case.step(place.kernels, case.new_grads(special=special))
         case.check()
 
 
 @pytest.mark.parametrize("found_inf", [1.0, 2.0, math.nan])
 def test_found_inf_writes_nothing_and_the_retry_is_the_same_step(update, found_inf, place):
-    op, kwargs, p = update
-    case = Case(place.device, rows=rows_for(p))
-    case.step(place.kernels, op, case.new_grads(), scale=8.0, found_inf=0.0, **kwargs)
+    case = Case(place.device, update)
+    case.step(place.kernels, case.new_grads(), scale=8.0, found_inf=0.0)
     case.check()
-    case.step(place.kernels, op, case.new_grads(special=math.inf), scale=8.0, found_inf=found_inf, **kwargs)
+    case.step(place.kernels, case.new_grads(special=math.inf), scale=8.0, found_inf=found_inf)
     case.check()
-    case.step(place.kernels, op, case.new_grads(), scale=4.0, found_inf=0.0, **kwargs)
+    case.step(place.kernels, case.new_grads(), scale=4.0, found_inf=0.0)
     case.check()
 
 
@@ -146,99 +126,93 @@ EMPTY = {
 
 @pytest.mark.parametrize("shapes", EMPTY.values(), ids=EMPTY)
 def test_bits_with_empty_tensors(update, shapes, place):
-    op, kwargs, p = update
-    case = Case(place.device, shapes=shapes, rows=rows_for(p))
+    case = Case(place.device, update, shapes=shapes)
     for _ in range(2):
-        case.step(place.kernels, op, case.new_grads(), **kwargs)
+        case.step(place.kernels, case.new_grads())
         case.check()
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 3, 4, 5, 8])
 def test_bits_at_every_alignment(update, offset, place):
     """Gradients, weights and moments at unequal element offsets; 0: all as the allocator aligns them."""
-    op, kwargs, p = update
-    case = Case(place.device, shapes=((BLOCK,), (3 * BLOCK + 5,)), rows=rows_for(p), offset=offset)
+    case = Case(place.device, update, shapes=((BLOCK,), (3 * BLOCK + 5,)), offset=offset)
     for _ in range(2):
-        case.step(place.kernels, op, case.new_grads(), **kwargs)
+        case.step(place.kernels, case.new_grads())
         case.check()
 
 
 def test_bits_of_a_large_list(update, place):
     """150 tensors of a few elements beside three of many blocks."""
-    op, kwargs, p = update
-    case = Case(place.device, shapes=((20_003,), *((n % 7,) for n in range(50))), rows=rows_for(p))
-    case.step(place.kernels, op, case.new_grads(), **kwargs)
+    case = Case(place.device, update, shapes=((20_003,), *((n % 7,) for n in range(50))))
+    case.step(place.kernels, case.new_grads())
     case.check()
 
 
 @pytest.mark.parametrize("first_step", [1, 2, 15, 255, 256, 257, 2**24 - 3])
 def test_bits_late_in_training(update, first_step, place):
-    op, kwargs, p = update
-    case = Case(place.device, shapes=((33,), (37, 29)), rows=rows_for(p))
+    case = Case(place.device, update, shapes=((33,), (37, 29)))
     for step in case.steps:
         step.fill_(first_step - 1)
     case.t = first_step - 1
     for _ in range(2):
-        case.step(place.kernels, op, case.new_grads(), **kwargs)
+        case.step(place.kernels, case.new_grads())
         case.check()
 
 
 @pytest.mark.parametrize("p", [2.0**-32, 1e-9, 0.1, 0.5, 1 - 2.0**-33, 1.0])
 def test_bits_of_bernoulli_at_extreme_p(p, place):
-    case = Case(place.device, shapes=((BLOCK + 1,),), rows=lambda n: [hyper_row(i, p=p) for i in range(n)])
+    case = Case(place.device, BERNOULLI, shapes=((BLOCK + 1,),), reserve_p=p)
     for _ in range(2):
-        case.step(place.kernels, "adamw_bernoulli_", case.new_grads(), **{})
+        case.step(place.kernels, case.new_grads())
         case.check()
 
 
 @pytest.mark.parametrize("shares", [(1.0, 1.0, 0.3), (0.3, 1.0, 1.0), (1.0, 0.3, 1.0)], ids=str)
-@pytest.mark.parametrize("op", ["adamw_bernoulli_", "adamw_compact_"])
-def test_bits_where_f_samples_some_parameters_alone(op, shares, place):
-    case = Case(place.device, shapes=((33,), (7, 5), (65,)), dtypes=(torch.float32,),
-                rows=lambda n: [hyper_row(i, p=shares[i]) for i in range(n)])  # fmt: skip
+@pytest.mark.parametrize("kind", [BERNOULLI, COMPACT], ids=["bernoulli", "compact"])
+def test_bits_where_f_samples_some_parameters_alone(kind, shares, place):
+    case = Case(place.device, kind._replace(p=shares), shapes=((33,), (7, 5), (65,)), dtypes=(torch.float32,))
     for _ in range(2):
-        case.step(place.kernels, op, case.new_grads())
+        case.step(place.kernels, case.new_grads())
         case.check()
 
 
 def test_p_of_one_is_plain_adamw(place):
-    plain, bernoulli = Case(place.device), Case(place.device)
+    plain, bernoulli = Case(place.device), Case(place.device, BERNOULLI._replace(p=(1.0,)))
     for _ in range(3):
-        plain.step(place.kernels, "adamw_", plain.new_grads())
-        bernoulli.step(place.kernels, "adamw_bernoulli_", bernoulli.new_grads())
+        plain.step(place.kernels, plain.new_grads())
+        bernoulli.step(place.kernels, bernoulli.new_grads())
     assert all(same_bits(a, b) for a, b in zip(plain.params, bernoulli.params, strict=True))
 
 
 @pytest.mark.parametrize("moment_dtype", DTYPES, ids=["m32", "mbf16", "m16"])
 def test_accuracy_against_fp64(update, dialect, dtype, moment_dtype, place):
-    op, kwargs, p = update
-    n, steps = 700, 30
-    row = hyper_row(dialect=dialect, p=p, weight_decay=0.1)
-    case = Case(place.device, shapes=((n,),), dtypes=(dtype,), moment_dtype=moment_dtype, rows=lambda _: [row])
-    case.children[0] = torch.rand(n) < 0.4
-    case.words[0] = ops.pack_bits(case.children[0]).to(place.device)
+    n, steps, p = 700, 30, update.p[-1]
+    hyper = dict(dialect=dialect, reserve_p=p, weight_decay=0.1)
+    case = Case(
+        place.device, update, shapes=((n,),), dtypes=(dtype,), moment_dtype=moment_dtype, shares=(0.4,), **hyper
+    )
     judge = Judge(case.params[0], moment_dtype)
+    lr, beta1, beta2, eps, weight_decay = case.rows[0][:5]
     for t in range(1, steps + 1):
         grads = case.new_grads()
-        case.step(place.kernels, op, grads, **kwargs)
+        case.step(place.kernels, grads)
         masks = {}
         if p < 1:
             masks.update(keep=philox.keep_bits(torch.arange(n), case.keys[0], t, p), p=p)
-        if op in ("adamw_masked_", "adamw_compact_"):
-            masks.update(child=case.children[0], decay="all" if kwargs.get("decay_all") else "child")
-        lr, beta1, beta2, eps, weight_decay = row[:5]
+        if update.words or update.indices:
+            everywhere = update.words and update.decay_outside[0]
+            masks.update(child=case.children[0], decay="all" if everywhere else "child")
         adamw = dict(lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, dialect=dialect)
         judge.step(grads[0], **adamw, **masks)
     moments = [case.exp_avgs[0].cpu(), case.exp_avg_sqs[0].cpu()]
-    if op == "adamw_compact_":  # outside the child they are zero for ever
+    if update.indices:  # outside the child they are zero for ever
         moments = [torch.zeros(n, dtype=moment_dtype).masked_scatter(case.children[0], packed) for packed in moments]
     judge.check(case.params[0], *moments)
 
 
 @pytest.mark.parametrize("add", [False, True])
 def test_gather_child(add, place):
-    case = Case(place.device)
-    case._pack()
+    case = Case(place.device, COMPACT)
     rows = [i for i, index in enumerate(case.indices) if index.numel() or not case.exp_avgs[i].numel()]
     for _ in range(2):
         grads = [case.new_grads()[i] for i in rows]

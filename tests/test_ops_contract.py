@@ -10,27 +10,34 @@ import torch
 from cases import hyper_row, snapshot, unchanged
 
 from childtune_kernels import ops, philox
-from childtune_kernels.ops import checks, reference
+from childtune_kernels.ops import reference, registry
 
-UPDATES = ops.UPDATES
 SHAPES = ((5,), (3, 7), (0,))
+LOW_PRECISION = ("companions", "rounding_keys")
+# The kinds of update, and which of the lists that may be empty each has.
+KINDS = {
+    "plain": LOW_PRECISION,
+    "bernoulli": ("mask_keys", *LOW_PRECISION),
+    "masked": ("mask_words",),
+    "compact": ("indices", "mask_keys", *LOW_PRECISION),
+}
+NAMES = [argument.name for argument in torch.ops.childtune.adamw_.default._schema.arguments]
 
 
-def arguments(device="cpu", n=3) -> dict:
-    """Valid arguments of every update op, by name; weights of two dtypes."""
+def arguments(kind="plain", device="cpu", n=3) -> dict:
+    """Valid arguments of one kind of update, by name and in the schema's order; weights of three dtypes."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     specs = list(zip(SHAPES, dtypes, strict=True))[:n]
-    return dict(
+    given = dict(
         params=[torch.randn(s, device=device).to(d) for s, d in specs],
         grads=[torch.randn(s, device=device).to(d) for s, d in specs],
         exp_avgs=[torch.zeros(s, device=device) for s, _ in specs],
         exp_avg_sqs=[torch.zeros(s, device=device) for s, _ in specs],
         steps=[torch.zeros((), dtype=torch.float64, device=device) for _ in specs],
-        hyper=torch.tensor([hyper_row(i, p=0.5) for i in range(n)], dtype=torch.float64).view(n, -1),
-        keys=[philox.stream_key(3, str(i)) for i in range(n)],
-        mask_words=[ops.pack_bits(torch.rand(s, device=device) < 0.5) for s, _ in specs],
-        decay_all=True,
+        hyper=torch.tensor([hyper_row(i, reserve_p=0.5, decay_outside=True) for i in range(n)], dtype=torch.float64),
         indices=[torch.arange(0, device=device, dtype=torch.int32) for _ in specs],
+        mask_words=[ops.pack_bits(torch.rand(s, device=device) < 0.5) for s, _ in specs],
+        mask_keys=[philox.stream_key(3, str(i)) for i in range(n)],
         companions=[torch.zeros(s if d != torch.float32 else (0,), device=device) for s, d in specs],
         rounding_keys=[philox.stream_key(4, str(i)) for i in range(n)],
         lrs=[torch.tensor(0.1, device=device) for _ in specs],
@@ -38,11 +45,18 @@ def arguments(device="cpu", n=3) -> dict:
         found_inf=torch.tensor(0.0, device=device),
         grad_norm=torch.tensor(3.0, device=device),
     )
+    assert list(given) == NAMES
+    absent = set().union(*KINDS.values()) - set(KINDS[kind])
+    return given | dict.fromkeys(absent, [])
 
 
-def positional(op: str, given: dict) -> list:
-    names = list(inspect.signature(getattr(reference, op)).parameters)
-    return [given[name] for name in names]
+def positional(given: dict) -> list:
+    return [given[name] for name in NAMES]
+
+
+def update_of(given: dict) -> ops.Update:
+    *lists, grad_scale, found_inf, grad_norm = positional(given)
+    return ops.Update(*lists, scaling=ops.Scaling(grad_scale, found_inf, grad_norm))
 
 
 def tensors_of(given: dict) -> list[torch.Tensor]:
@@ -87,50 +101,66 @@ OTHERS = {
 }
 
 
-OVERLOADS = [(op, name) for op in ops.SCHEMAS for name in ("default", "csrc") if hasattr(getattr(ops, op), name)]
+CALLS = [(op, None) for op in OTHERS] + [("adamw_", kind) for kind in KINDS]
+OVERLOADS = [(*call, name) for call in CALLS for name in ("default", "csrc") if hasattr(getattr(ops, call[0]), name)]
 
 
 def test_every_op_is_covered():
-    without = {op for op in ops.SCHEMAS if (op, "csrc") not in OVERLOADS}
+    assert {"adamw_", *OTHERS} == set(ops.OPS)
+    without = {op for op in ops.OPS if not hasattr(getattr(ops, op), "csrc")}
     assert without == {"fisher_linear_", "fisher_columns_", "gather_child_"}, "products, sums, gathers are torch's own"
-    assert {*UPDATES, *OTHERS} == set(ops.SCHEMAS)
-    for op in ops.SCHEMAS:
+    for op in ops.OPS:
         assert getattr(ops, op) is getattr(torch.ops.childtune, op)
 
 
-@pytest.mark.parametrize("op, overload", OVERLOADS)
-def test_opcheck(op, overload, device):
+@pytest.mark.parametrize("op", ops.OPS)
+def test_every_implementation_has_a_function_an_op(op, place):
+    function = getattr(place.kernels, op)
+    assert list(inspect.signature(function).parameters) == list(inspect.signature(getattr(reference, op)).parameters)
+
+
+@pytest.mark.parametrize("op, kind, overload", OVERLOADS)
+def test_opcheck(op, kind, overload, device):
     if overload == "csrc" and (reason := ops.unavailable("csrc", device)):
         pytest.skip(reason)
-    args = positional(op, arguments(device)) if op in UPDATES else list(OTHERS[op](device))
+    args = positional(arguments(kind, device)) if kind else list(OTHERS[op](device))
     if (op, overload) == ("bernoulli_bits", "csrc"):  # takes its result
         args = [torch.empty(3, dtype=torch.int32, device=device), *args[:-1]]
     torch.library.opcheck(getattr(getattr(torch.ops.childtune, op), overload), tuple(args))
 
 
-@pytest.mark.parametrize("op", UPDATES)
-def test_updates_advance_version_counters(op, device):
-    given = arguments(device)
-    names = ["params", "exp_avgs", "exp_avg_sqs", "steps"] + ["companions"] * (op != "adamw_masked_")
-    written = [t for name in names for t in given[name]]
+@pytest.mark.parametrize("kind", KINDS)
+def test_updates_advance_version_counters(kind, device):
+    given = arguments(kind, device)
+    written = [t for name in ("params", "exp_avgs", "exp_avg_sqs", "steps", "companions") for t in given[name]]
     others = [t for t in tensors_of(given) if not any(t is w for w in written)]
     versions, other_versions = [t._version for t in written], [t._version for t in others]
-    getattr(ops, op)(*positional(op, given))
+    ops.adamw_(*positional(given))
     assert all(t._version > version for t, version in zip(written, versions, strict=True))
     assert [t._version for t in others] == other_versions
 
 
+def test_an_update_names_what_it_writes(place):
+    given = arguments("compact", place.device)
+    update = update_of(given)
+    before = {id(t): t.clone() for t in tensors_of(given)}
+    place.kernels.adamw_(update)
+    changed = {id(t) for t in tensors_of(given) if not unchanged([before[id(t)]], [t])}
+    named = {id(t) for tensors in update.written for t in tensors}
+    assert changed <= named and {id(t) for t in given["steps"]} <= changed
+
+
 @pytest.mark.parametrize("p", [0.0, 2.0, math.nan])
-def test_plain_adamw_has_no_use_for_reserve_p(p, place):
+def test_without_keys_there_is_no_use_for_reserve_p(p, place):
     """F's column is neither checked nor used where F does not sample, and the table is the caller's."""
     given, other = arguments(n=2, device=place.device), arguments(n=2, device=place.device)
     for name in ("params", "grads"):
         other[name] = snapshot(given[name])
     given["hyper"][:, ops.HYPER_COLUMNS.index("reserve_p")] = p
     before = given["hyper"].clone()
-    checks.check_update(*positional("adamw_", given)[:6], {})
+    update_of(given).check()
     for own in (given, other):
-        place.kernels.adamw_(*positional("adamw_", own))
+        place.kernels.adamw_(update_of(own))
     assert unchanged(given["params"], other["params"]) and unchanged([before], [given["hyper"]])
 
 
@@ -139,7 +169,7 @@ def test_autograd_notices_an_update():
     weight = given["params"][0].requires_grad_()
     loss = (weight * weight).sum()
     with torch.no_grad():
-        ops.adamw_(*positional("adamw_", given))
+        ops.adamw_(*positional(given))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -151,16 +181,16 @@ def test_square_accumulate_advances_version_counters(device):
     assert accumulators[0]._version > version and grads[0]._version == 0
 
 
-@pytest.mark.parametrize("op", UPDATES)
-def test_compiled_update_equals_eager(op, device):
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_update_equals_eager(kind, device):
     def update(given):
-        getattr(torch.ops.childtune, op)(*positional(op, given))
+        torch.ops.childtune.adamw_(*positional(given))
         return [p * 2 for p in given["params"]]
 
     torch.manual_seed(1)
-    eager = arguments(device)
+    eager = arguments(kind, device)
     torch.manual_seed(1)
-    compiled = arguments(device)
+    compiled = arguments(kind, device)
     before = snapshot(eager["params"])
     expected = update(eager)
     got = torch.compile(update, fullgraph=True, backend="aot_eager")(compiled)
@@ -183,11 +213,13 @@ def test_compiled_bit_ops_equal_eager(device):
     assert unchanged(expected, got) and expected[0] > 0
 
 
-@pytest.mark.parametrize("op", UPDATES)
-def test_empty_lists_are_a_no_op(op):
-    given = {k: [] if isinstance(v, list) else v for k, v in arguments().items()}
-    getattr(ops, op)(*positional(op, {**given, "hyper": torch.empty(0, 9, dtype=torch.float64)}))
+def test_empty_lists_are_a_no_op(place):
+    given = {k: [] if isinstance(v, list) else v for k, v in arguments(device=place.device).items()}
+    given["hyper"] = given["hyper"][:0]
+    ops.adamw_(*positional(given))
+    place.kernels.adamw_(update_of(given))
     ops.square_accumulate_([], [], 1.0)
+    ops.gather_child_([], [], [], False)
     assert ops.score_histogram([], [], 0, 4).shape == (0, 17) and ops.threshold_bits([], [], []).shape == (0,)
 
 
@@ -216,19 +248,20 @@ def _strided(value):
 
 
 WIDE = torch.zeros(7, 3)
-# What is wrong, for which ops, the change, and what the error says: argument, expected, received.
+META, ZEROS = torch.zeros(3, device="meta"), torch.zeros(3)
+# What is wrong, for which kinds, the change, and what the error says: argument, expected, received.
 NINE = torch.arange(9, dtype=torch.int32)
-ALL, F, D, C, LOW = UPDATES, UPDATES[1:2], UPDATES[2:3], UPDATES[3:], (UPDATES[0], UPDATES[1], UPDATES[3])
+ALL, F, D, C, LOW = KINDS, ("bernoulli", "compact"), ("masked",), ("compact",), ("plain", "bernoulli", "compact")
 BAD = [
     ("grads-count", ALL, _put("grads", lambda v: v[:2]), "grads must have 3 entries, one a parameter, got 2"),
     ("moments-count", ALL, _put("exp_avgs", lambda v: v[:1]), "exp_avgs must have 3 entries.* got 1"),
     ("steps-count", ALL, _put("steps", lambda v: v * 2), "steps must have 3 entries.* got 6"),
     ("lrs-count", ALL, _put("lrs", lambda v: v[:2]), "lrs must have 3 entries.* got 2"),
-    ("keys-count", F, _put("keys", lambda v: v[:2]), "keys must have 3 entries.* got 2"),
+    ("keys-count", F, _put("mask_keys", lambda v: v[:2]), "mask_keys must have 3 entries.* got 2"),
     ("words-count", D, _put("mask_words", lambda v: v[:2]), "mask_words must have 3 entries.* got 2"),
     ("hyper-dtype", ALL, _put("hyper", lambda v: v.float()), "hyper must be a float64 CPU.* got torch.float32"),
-    ("hyper-rows", ALL, _put("hyper", lambda v: v[:2]), r"hyper must be .* 3 rows.* got .*\(2, 9\)"),
-    ("hyper-columns", ALL, _put("hyper", lambda v: v[:, :8]), r"hyper must be .* 9 columns.* got .*\(3, 8\)"),
+    ("hyper-rows", ALL, _put("hyper", lambda v: v[:2]), r"hyper must be .* 3 rows.* got .*\(2, 10\)"),
+    ("hyper-columns", ALL, _put("hyper", lambda v: v[:, :9]), r"hyper must be .* 10 columns.* got .*\(3, 9\)"),
     ("hyper-strides", ALL, _put("hyper", _strided), "hyper must be contiguous, got strides"),
     ("p-zero", F, _row("reserve_p", 0.0), r"reserve_p must be in \[2\*\*-32, 1\], got 0"),
     ("p-above-1", F, _row("reserve_p", 1.5), r"reserve_p must be in \[2\*\*-32, 1\], got 1.5"),
@@ -260,6 +293,10 @@ BAD = [
     ("rounding-count", LOW, _put("rounding_keys", lambda v: v[:2]), "rounding_keys must have 3 entries.* got 2"),
     ("lr-dtype", ALL, _set("lrs", 1, lambda v: v.double()), r"lrs\[1\] must be .* got 1 x torch.float64"),
     ("scale-dtype", ALL, _put("grad_scale", lambda v: v.double()), "grad_scale must be one float32 .*float64"),
+    ("words-keys", D, _put("mask_keys", [1, 2, 3]), "mask_words must be alone, got indices, keys or companions"),
+    ("words-rounding", D, _put("rounding_keys", [1, 2, 3]), "mask_words must be alone, got indices, keys or"),
+    ("words-indices", D, _put("indices", [NINE[:0]] * 3), "mask_words must be alone, got indices, keys or companions"),
+    ("words-companions", D, _put("companions", [ZEROS[:0]] * 3), "mask_words must be alone, got indices, keys or"),
     ("found-numel", ALL, _put("found_inf", torch.zeros(2)), "found_inf must be one float32 on cpu, got 2 x"),
 ]  # fmt: skip
 
@@ -267,25 +304,21 @@ BAD = [
 @pytest.fixture
 def no_kernels(monkeypatch):
     """Compiled kernels check too: what is refused here is refused before one is chosen."""
-    monkeypatch.setattr(ops, "implementation", lambda *_: pytest.fail("a kernel was asked for"))
+    monkeypatch.setattr(registry, "implementation", lambda *_: pytest.fail("a kernel was asked for"))
 
 
 @pytest.mark.parametrize(
-    "op, change, message",
-    [pytest.param(op, change, message, id=f"{op}-{name}") for name, over, change, message in BAD for op in over],
+    "kind, change, message",
+    [pytest.param(kind, change, message, id=f"{kind}-{name}") for name, over, change, message in BAD for kind in over],
 )
-def test_updates_refuse_and_change_nothing(op, change, message, no_kernels):
-    given = arguments()
+def test_updates_refuse_and_change_nothing(kind, change, message, no_kernels):
+    given = arguments(kind)
     change(given)
     tensors = [t for t in tensors_of(given) if t.device.type == "cpu"]
     before = snapshot(tensors)
     with pytest.raises((RuntimeError, TypeError, ValueError), match=message):
-        getattr(ops, op)(*positional(op, given))
+        ops.adamw_(*positional(given))
     assert unchanged(before, tensors)
-
-
-META = torch.zeros(3, device="meta")
-ZEROS = torch.zeros(3)
 
 
 @pytest.mark.parametrize(
@@ -299,13 +332,15 @@ ZEROS = torch.zeros(3)
     ],
     ids=["mixed-devices", "integers", "grad-device", "state-device", "norm-device"],
 )
-def test_check_update_refuses_devices_and_dtypes(params, changed, message):
+def test_an_update_refuses_devices_and_dtypes(params, changed, message):
     """Called directly: a list with a meta tensor would be dispatched to the fake."""
     lists = {name: changed.get(name, params) for name in ("grads", "exp_avgs", "exp_avg_sqs")}
     steps = [torch.zeros((), dtype=torch.float64, device=p.device) for p in params]
     hyper = torch.tensor([hyper_row()] * len(params), dtype=torch.float64)
     with pytest.raises((RuntimeError, TypeError), match=message):
-        checks.check_update(params, *lists.values(), steps, hyper, {"lrs": (), **changed})
+        ops.Update(
+            params, *lists.values(), steps, hyper, scaling=ops.Scaling(grad_norm=changed.get("grad_norm"))
+        ).check()
 
 
 CPU = torch.device("cpu")

@@ -53,7 +53,7 @@ def test_written_order_is_algorithm_1(masked, dialect):
     weight, judge_args = torch.randn(500), dict(lr=0.02, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1, dialect=dialect)
     w, m, v = weight.clone(), torch.zeros(500), torch.zeros(500)
     judge = Judge(weight)
-    row = (0.02, 0.9, 0.99, 1e-6, 0.1, 0.25 if masked == "keep" else 1.0, 1.0, float(dialect == "hf"), math.inf)
+    row = (0.02, 0.9, 0.99, 1e-6, 0.1, 0.25 if masked == "keep" else 1.0, 1.0, float(dialect == "hf"), math.inf, 0.0)
     child = torch.rand(500) < 0.4
     for t in range(1, 31):
         grad, keep = torch.randn(500), torch.rand(500) < 0.25
@@ -62,7 +62,7 @@ def test_written_order_is_algorithm_1(masked, dialect):
             kwargs, oracle_kwargs = dict(keep=keep), dict(keep=keep, p=0.25)
         elif masked != "none":
             everywhere = masked.endswith("all")
-            kwargs = dict(child=child, decay_all=everywhere)
+            kwargs = dict(child=child, decay_outside=everywhere)
             oracle_kwargs = dict(child=child, decay="all" if everywhere else "child")
         w, m, v = written_order_step(w, grad, m, v, t, row, **kwargs)
         judge.step(grad, **judge_args, **oracle_kwargs)

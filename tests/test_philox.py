@@ -107,11 +107,10 @@ def test_the_threshold_is_exact_everywhere(element, place):
         words = place.kernels.bernoulli_bits(n, key, 1, p, philox.GRADIENT_MASK, 0, device)
         assert ops.unpack_bits(words, n)[element].item() is kept
         weight, moment, square = (torch.zeros(n, device=device) for _ in range(3))
-        hyper = torch.tensor([hyper_row(p=p, beta1=0.0)], dtype=torch.float64)
+        hyper = torch.tensor([hyper_row(reserve_p=p, beta1=0.0)], dtype=torch.float64)
         step = torch.zeros((), dtype=torch.float64, device=device)
-        place.kernels.adamw_bernoulli_(
-            [weight], [torch.ones_like(weight)], [moment], [square], [step], hyper, [key], [], [], []
-        )
+        lists = [weight], [torch.ones_like(weight)], [moment], [square], [step]
+        place.kernels.adamw_(ops.Update(*lists, hyper, mask_keys=[key]))
         assert (moment[element].item() != 0) is kept
 
 
