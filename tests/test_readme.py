@@ -76,6 +76,21 @@ def test_demo_table_is_the_committed_result():
     assert shown == "\n".join([*demo.table(results), "", *demo.conclusions(results)])
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_tables_are_those_of_the_committed_results():
+    report = runpy.run_path(str(ROOT / "benchmarks" / "report.py"))
+    shown = {
+        ROOT / "README.md": {"speed": report["speed_section"]()},
+        ROOT / "benchmarks/README.md": report["tables"](),
+    }
+    for path, blocks in shown.items():
+        text = path.read_text()
+        for name, block in blocks.items():
+            assert f"<!-- {name}:begin -->\n{block}\n<!-- {name}:end -->" in text, f"{path.name}: {name}"
+        assert {*re.findall(r"<!-- (\w+):begin", text)} - {"demo"} == set(blocks)
+
+
+@pytest.mark.parametrize("readme", ["README.md", "benchmarks/README.md"])
+def test_links_lead_somewhere(readme):
+    path = ROOT / readme
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), target
