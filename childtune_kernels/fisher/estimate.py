@@ -107,7 +107,7 @@ def estimate_fisher(
     return Fisher(sums, count, rule=rule, notes=notes, **scope)
 
 
-def _square_batches(params, losses: Losses, stream: Iterable[Any], clip: float | None):
+def _square_batches(params: dict[str, nn.Parameter], losses: Losses, stream: Iterable[Any], clip: float | None):
     """Sum over batches of the squared gradient of the batch's mean loss."""
     sums = zeros(params)
     used: set[str] = set()

@@ -230,7 +230,7 @@ def gradients(loss: Tensor, params: list[Tensor]) -> list[Tensor | None]:
     return [grad.to_dense() if grad is not None and grad.is_sparse else grad for grad in grads]
 
 
-def square_into(sums: list[Tensor], grads, scale: float) -> None:
+def square_into(sums: list[Tensor], grads: Iterable[Tensor | None], scale: float) -> None:
     """sums += scale * grads**2 where there is a gradient: one launch for float32 sums of one device."""
     by_device: dict[torch.device, tuple[list, list]] = {}
     for total, grad in zip(sums, grads, strict=True):

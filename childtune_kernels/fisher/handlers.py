@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import string
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +17,17 @@ from torch import Tensor
 
 from .rules import Bias, Convolution, Einsum, Elementwise, Lookup, Norm, Product, Scale
 
+if TYPE_CHECKING:
+    from .tape import Tape
 
-def _linear(tape, func, input, weight, bias=None):
+Dims = tuple[int, int]  # which dimension of the input, and of the output, the examples are in
+
+
+def _linear(tape: Tape, func: Callable, input: Tensor, weight: Tensor, bias: Tensor | None = None):
     if tape.name(input) or not tape.name(weight) or weight.dim() != 2 or (bias is not None and not tape.name(bias)):
         return NotImplemented
 
-    def make(x, dims):
+    def make(x: Tensor, dims: Dims):
         uses = [Product(weight.shape, tape.examples, dims[1], x=x, x_dim=dims[0])]
         return uses + ([Bias(bias.shape, tape.examples, dims[1])] if bias is not None else [])
 
@@ -28,13 +35,15 @@ def _linear(tape, func, input, weight, bias=None):
     return tape.call(func, (x, weight, bias), {}, (weight, bias), x, make)
 
 
-def _addmm(tape, func, bias, input, weight, *, beta=1, alpha=1):
+def _addmm(
+    tape: Tape, func: Callable, bias: Tensor, input: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1
+):
     """HF's Conv1D: bias + input @ weight, weight [I, O]."""
     plain = beta == 1 and alpha == 1 and not tape.name(input)
     if not (plain and tape.name(weight) and tape.name(bias)) or bias.dim() != 1:
         return NotImplemented
 
-    def make(x, dims):
+    def make(x: Tensor, dims: Dims):
         return [
             Product(weight.shape, tape.examples, dims[1], x=x, x_dim=dims[0], transposed=True),
             Bias(bias.shape, tape.examples, dims[1]),
@@ -46,22 +55,22 @@ def _addmm(tape, func, bias, input, weight, *, beta=1, alpha=1):
     return tape.call(_reordered_addmm, (x, weight, bias), {}, (weight, bias), x, make)
 
 
-def _reordered_addmm(x, weight, bias):
+def _reordered_addmm(x: Tensor, weight: Tensor, bias: Tensor):
     return torch.addmm(bias, x, weight)
 
 
-def _matmul(tape, func, input, other):
+def _matmul(tape: Tape, func: Callable, input: Tensor, other: Tensor):
     if tape.name(input) or not tape.name(other) or other.dim() != 2:
         return NotImplemented
 
-    def make(x, dims):
+    def make(x: Tensor, dims: Dims):
         return [Product(other.shape, tape.examples, dims[1], x=x, x_dim=dims[0], transposed=True)]
 
     x = tape.cast(input)
     return tape.call(func, (x, other), {}, (other,), x, make)
 
 
-def _einsum(tape, func, equation, *operands):
+def _einsum(tape: Tape, func: Callable, equation: str, *operands: Any):
     """Two operands, the second a parameter; equations without ellipsis, each index once an operand."""
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
@@ -74,18 +83,18 @@ def _einsum(tape, func, equation, *operands):
         return NotImplemented
     weight = operands[1]
 
-    def make(x, dims):
+    def make(x: Tensor, dims: Dims):
         return [_einsum_use(tape, weight, x, dims, left, right, result)]
 
     x = tape.cast(operands[0])
     return tape.call(_swapped_einsum, (x, equation, weight), {}, (weight,), x, make)
 
 
-def _swapped_einsum(x, equation, weight):
+def _swapped_einsum(x: Tensor, equation: str, weight: Tensor):
     return torch.einsum(equation, x, weight)
 
 
-def _einsum_use(tape, weight, x, dims, left, right, result):
+def _einsum_use(tape: Tape, weight: Tensor, x: Tensor, dims: Dims, left: str, right: str, result: str):
     """Return a `Product` where the weight's indices are the input's, then the output's or the reverse.
 
     None where input and output do not go over examples in the same index.
@@ -107,33 +116,65 @@ def _einsum_use(tape, weight, x, dims, left, right, result):
 
 
 def _embedding(
-    tape, func, input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False
+    tape: Tape,
+    func: Callable,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
 ):
     if max_norm is not None or scale_grad_by_freq or not tape.name(weight):
         return NotImplemented
     row = None if padding_idx is None else padding_idx % weight.shape[0]  # -1: the last row, unlike torch.embedding
 
-    def make(ids, dims):
+    def make(ids: Tensor, dims: Dims):
         return [Lookup(weight.shape, tape.examples, dims[1], ids=ids, ids_dim=dims[0], padding_idx=row)]
 
     return tape.call(func, (input, weight, padding_idx), {}, (weight,), input, make)
 
 
-def _layer_norm(tape, func, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+def _layer_norm(
+    tape: Tape,
+    func: Callable,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+):
     normalise = functools.partial(F.layer_norm, normalized_shape=normalized_shape, eps=eps)
     return _norm(tape, func, input, normalized_shape, weight, bias, normalise, (eps,))
 
 
-def _rms_norm(tape, func, input, normalized_shape, weight=None, eps=None):
+def _rms_norm(
+    tape: Tape,
+    func: Callable,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+):
     normalise = functools.partial(F.rms_norm, normalized_shape=normalized_shape, eps=eps)
     return _norm(tape, func, input, normalized_shape, weight, None, normalise, (eps,))
 
 
-def _norm(tape, func, input, normalized_shape, weight, bias, normalise, rest):
+def _norm(
+    tape: Tape,
+    func: Callable,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor,
+    bias: Tensor,
+    normalise: Callable,
+    rest,
+):
     if tape.name(input) or any(p is not None and not tape.name(p) for p in (weight, bias)):
         return NotImplemented
 
-    def make(x, dims):
+    def make(x: Tensor, dims: Dims):
         weights = [Norm(weight.shape, tape.examples, dims[1], x=x, normalise=normalise)] if weight is not None else []
         return weights + ([Elementwise(bias.shape, tape.examples, dims[1])] if bias is not None else [])
 
@@ -141,12 +182,22 @@ def _norm(tape, func, input, normalized_shape, weight, bias, normalise, rest):
     return tape.call(func, (input, normalized_shape, *affine, *rest), {}, (weight, bias), input, make)
 
 
-def _conv2d(tape, func, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def _conv2d(
+    tape: Tape,
+    func: Callable,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+):
     if groups != 1 or isinstance(padding, str) or input.dim() != 4 or tape.name(input) or not tape.name(weight):
         return NotImplemented
     unfold = tuple(dict(stride=stride, padding=padding, dilation=dilation).items())
 
-    def make(x, dims):
+    def make(x: Tensor, dims: Dims):
         uses = [Convolution(weight.shape, tape.examples, dims[1], x=x, unfold=unfold)]
         return uses + ([Bias(bias.shape, tape.examples, dims[1], axis=-3)] if bias is not None else [])
 
@@ -154,13 +205,13 @@ def _conv2d(tape, func, input, weight, bias=None, stride=1, padding=0, dilation=
     return tape.call(func, (x, weight, bias, stride, padding, dilation, 1), {}, (weight, bias), x, make)
 
 
-def _broadcast(tape, func, a, b, **options):
+def _broadcast(tape: Tape, func: Callable, a: Tensor, b: Tensor, **options: Any):
     """Addition and multiplication of a parameter and something else."""
     if options or (tape.name(a) and tape.name(b)):
         return NotImplemented
     param, other = (a, b) if tape.name(a) else (b, a)
 
-    def make(_, dims):
+    def make(_, dims: Dims):
         if func in _SUMS:
             return [Elementwise(param.shape, tape.examples, dims[1])]
         return [Scale(param.shape, tape.examples, dims[1], other=torch.as_tensor(other))]
@@ -168,8 +219,8 @@ def _broadcast(tape, func, a, b, **options):
     return tape.call(func, (a, b), {}, (param,), None, make)
 
 
-def _expand(tape, func, param, *sizes):
-    def make(_, dims):
+def _expand(tape: Tape, func: Callable, param: Tensor, *sizes: Any):
+    def make(_, dims: Dims):
         return [Elementwise(param.shape, tape.examples, dims[1])]
 
     return tape.call(func, (param, *sizes), {}, (param,), None, make)

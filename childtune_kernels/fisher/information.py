@@ -65,7 +65,7 @@ class Fisher:
     def __len__(self) -> int:
         return len(self.sums)
 
-    def top(self, p: float, *, scope="backbone", per_tensor: bool = False) -> ChildMask:
+    def top(self, p: float, *, scope: Callable[[str], bool] | None = "backbone", per_tensor: bool = False) -> ChildMask:
         """Return the child network of the paper: the round(p N) weights with the highest information.
 
         Warns of tensors in scope that have no information at all, and where what is trained fully, being outside the
@@ -83,11 +83,13 @@ class Fisher:
         """
         return self._child(p, scope, lowest=False, per_tensor=per_tensor)
 
-    def bottom(self, p: float, *, scope="backbone", per_tensor: bool = False) -> ChildMask:
+    def bottom(
+        self, p: float, *, scope: Callable[[str], bool] | None = "backbone", per_tensor: bool = False
+    ) -> ChildMask:
         """Return the share p with the lowest information (Table 5's "Lowest Info."); see `top`."""
         return self._child(p, scope, lowest=True, per_tensor=per_tensor)
 
-    def _child(self, p: float, scope, lowest: bool, per_tensor: bool) -> ChildMask:
+    def _child(self, p: float, scope: Callable[[str], bool] | None, lowest: bool, per_tensor: bool) -> ChildMask:
         scores = self.scores(scope)
         words = select_words(scores, p, lowest=lowest, per_tensor=per_tensor)
         mask = ChildMask(words, {name: score.shape for name, score in scores.items()})

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import require
 from .rules import wide
@@ -25,7 +25,7 @@ LABELS = ("true", "sampled", "predicted")
 IGNORED = -100  # the label of positions that no loss is taken of, as in transformers
 
 
-def classification_loss(model, batch: Mapping[str, Any], labels: str = "true") -> Tensor:
+def classification_loss(model: nn.Module, batch: Mapping[str, Any], labels: str = "true") -> Tensor:
     """Return the cross entropy of logits [B, classes] and labels [B]."""
     inputs, given = _split(model, batch, labels)
     logits = wide(model(**inputs).logits)
@@ -33,7 +33,7 @@ def classification_loss(model, batch: Mapping[str, Any], labels: str = "true") -
     return _cross_entropy(logits, given, labels, batch["labels"])
 
 
-def regression_loss(model, batch: Mapping[str, Any], labels: str = "true") -> Tensor:
+def regression_loss(model: nn.Module, batch: Mapping[str, Any], labels: str = "true") -> Tensor:
     """Return (y - prediction)**2 / 2: -log p of a normal distribution of variance 1, up to a constant.
 
     Raises:
@@ -52,7 +52,7 @@ def regression_loss(model, batch: Mapping[str, Any], labels: str = "true") -> Te
     return (predicted - given.to(predicted.dtype).flatten()).square() / 2
 
 
-def causal_lm_loss(model, batch: Mapping[str, Any], labels: str = "true") -> Tensor:
+def causal_lm_loss(model: nn.Module, batch: Mapping[str, Any], labels: str = "true") -> Tensor:
     """Return each sequence's sum over tokens; the logits at a position predict the next token.
 
     A label counts unless it is -100, as in transformers; where the attention mask is 0 that is warned of.
@@ -65,7 +65,7 @@ def causal_lm_loss(model, batch: Mapping[str, Any], labels: str = "true") -> Ten
     return _cross_entropy(logits[:, :-1], given[:, 1:], labels, batch["labels"][:, 1:]).sum(1)
 
 
-def token_loss(model, batch: Mapping[str, Any], labels: str = "true") -> Tensor:
+def token_loss(model: nn.Module, batch: Mapping[str, Any], labels: str = "true") -> Tensor:
     """Return each sequence's sum over tokens; logits predict their own position (masked LM, T5, tagging).
 
     Labels count as in `causal_lm_loss`.
@@ -123,7 +123,7 @@ def _warn_of_padding(batch: Mapping[str, Any], first: int) -> None:
         warnings.warn(text, stacklevel=3)
 
 
-def _split(model, batch: Mapping[str, Any], labels: str) -> tuple[dict[str, Any], Tensor]:
+def _split(model: nn.Module, batch: Mapping[str, Any], labels: str) -> tuple[dict[str, Any], Tensor]:
     require("labels", labels, labels in LABELS, f"one of {LABELS}")
     if not isinstance(batch, Mapping) or "labels" not in batch:
         raise ValueError(f"batch must be a mapping that holds 'labels', got {type(batch).__name__}")

@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from .precision import rounding
 
+Shape = tuple[int, ...]
 _DIRECTIONS = 8  # random directions that a row is projected on: what of it is another example's shows in one of them
 _WIDEST = 1 << 16  # elements that are projected at once
 
@@ -80,28 +82,28 @@ def _carries_order(node: Any, name: str, examples: int) -> bool:
     return all(rule(node, tuple(outputs[0]), tuple(shape), examples) for shape in inputs)
 
 
-def _same_elements(node, output, shape, examples) -> bool:
+def _same_elements(node: Node, output: Shape, shape: Shape, examples: int) -> bool:
     """Views: the same elements in the same order."""
     return True
 
 
-def _elementwise(node, output, shape, examples) -> bool:
+def _elementwise(node: Node, output: Shape, shape: Shape, examples: int) -> bool:
     """An input that is broadcast over examples belongs to all of them."""
     return shape == output or (len(shape) == len(output) and _batched(node, output, shape, examples))
 
 
-def _batched(node, output, shape, examples) -> bool:
+def _batched(node: Node, output: Shape, shape: Shape, examples: int) -> bool:
     """What acts on each index of the first dimension alone."""
     return bool(shape and output) and shape[0] == output[0] and shape[0] % examples == 0
 
 
-def _of_input(node, output, shape, examples) -> bool:
+def _of_input(node: Node, output: Shape, shape: Shape, examples: int) -> bool:
     """The same, with weights that are constants."""
     only_input = [i for i, (child, _) in enumerate(node.next_functions) if child] == [0]
     return only_input and _batched(node, output, shape, examples)
 
 
-def _along(node, output, shape, examples) -> bool:
+def _along(node: Node, output: Shape, shape: Shape, examples: int) -> bool:
     """What moves or sums along dimensions that it names, the first not among them."""
     if shape == output and type(node).__name__.startswith("Slice"):
         return True  # of everything
@@ -115,7 +117,7 @@ def _along(node, output, shape, examples) -> bool:
 _DIMENSIONS = ("_saved_dim", "_saved_dims", "_saved_dimension")
 
 
-def _permuted(node, output, shape, examples) -> bool:
+def _permuted(node: Node, output: Shape, shape: Shape, examples: int) -> bool:
     """The first dimension that is longer than 1 stays the first."""
     order = list(range(len(shape)))
     if hasattr(node, "_saved_dims"):
@@ -127,13 +129,13 @@ def _permuted(node, output, shape, examples) -> bool:
     return order == sorted(order) or (order[0] == min(order) and shape[order[0]] % examples == 0)
 
 
-def _repeated(node, output, shape, examples) -> bool:
+def _repeated(node: Node, output: Shape, shape: Shape, examples: int) -> bool:
     repeats = node._saved_repeats
     return len(repeats) == len(shape) and repeats[0] == 1 and shape[0] % examples == 0
 
 
 def _times_constant(which: int) -> Callable[..., bool]:
-    def rule(node, output, shape, examples) -> bool:
+    def rule(node: Node, output: Shape, shape: Shape, examples: int) -> bool:
         """input @ constant (+ constant): row for row."""
         alone = [i for i, (child, _) in enumerate(node.next_functions) if child] == [which]
         rows = 1
@@ -144,22 +146,22 @@ def _times_constant(which: int) -> Callable[..., bool]:
     return rule
 
 
-def _products(node, output, shape, examples) -> bool:
+def _products(node: Node, output: Shape, shape: Shape, examples: int) -> bool:
     """Products of matrices with matrices, [n, ., .] and [n, ., .], or attention's [n, ...]."""
     return _times_constant(0)(node, output, shape, examples) or (
         len(shape) == len(output) and _batched(node, output, shape, examples)
     )
 
 
-def _padded(node, output, shape, examples) -> bool:
+def _padded(node: Node, output: Shape, shape: Shape, examples: int) -> bool:
     return len(node._saved_pad) < 2 * len(shape) and _batched(node, output, shape, examples)
 
 
-def _normalised(node, output, shape, examples) -> bool:
+def _normalised(node: Node, output: Shape, shape: Shape, examples: int) -> bool:
     return len(node._saved_normalized_shape) < len(shape) and _of_input(node, output, shape, examples)
 
 
-def _batch_norm(node, output, shape, examples) -> bool:
+def _batch_norm(node: Node, output: Shape, shape: Shape, examples: int) -> bool:
     return not node._saved_training and _of_input(node, output, shape, examples)
 
 

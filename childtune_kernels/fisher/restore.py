@@ -7,6 +7,7 @@ import functools
 import random
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,10 +104,10 @@ def _without_checkpointing(model: nn.Module):
     def enter_elsewhere(self):
         return enter(self) if threading.get_ident() != owner else None
 
-    def leave_elsewhere(self, *raised):
+    def leave_elsewhere(self, *raised: bool):
         return leave(self, *raised) if threading.get_ident() != owner else None
 
-    def call(function, preserve_rng_state, *args):
+    def call(function: Callable, preserve_rng_state: bool, *args: Any):
         elsewhere = threading.get_ident() != owner
         return apply(function, preserve_rng_state, *args) if elsewhere else function(*args)
 

@@ -106,12 +106,12 @@ class Product(Use):
         x = x.to(d.dtype)
         return d.flatten(1, -2), x.flatten(1, -2)
 
-    def per_example(self, lo, hi):
+    def per_example(self, lo: int, hi: int):
         d, x = (wide(part[lo:hi]) for part in self.operands())
         rows, columns = (x, d) if self.transposed else (d, x)
         return torch.bmm(rows.mT, columns).view(hi - lo, *self.shape)
 
-    def accumulate_(self, total):
+    def accumulate_(self, total: Tensor):
         _product_(total, *self.operands(), self.transposed)
 
 
@@ -137,7 +137,7 @@ class Einsum(Use):
     x_dim: int = 0
     rule: ClassVar[str] = "einsum"
 
-    def per_example(self, lo, hi):
+    def per_example(self, lo: int, hi: int):
         x = by_example(self.x, self.x_dim, self.examples)[lo:hi]
         d = by_example(self.grad, self.out_dim, self.examples)[lo:hi]
         return torch.einsum(self.equation, wide(x), wide(d))
@@ -169,7 +169,7 @@ class Elementwise(Use):
             factor = dense(factor.reshape(target))
         return dense(d.reshape(target)), factor
 
-    def per_example(self, lo, hi):
+    def per_example(self, lo: int, hi: int):
         d = wide(by_example(self.grad, self.out_dim, self.examples)[lo:hi])
         if (factor := self.factor()) is not None:
             factor = torch.broadcast_to(factor, self.grad.shape)
@@ -178,7 +178,7 @@ class Elementwise(Use):
         summed = [i + 1 for i, size in enumerate(aligned) if size == 1]
         return (d.sum(summed, keepdim=True) if summed else d).reshape(hi - lo, *self.shape)
 
-    def accumulate_(self, total, plain_total=None):
+    def accumulate_(self, total: Tensor, plain_total: Tensor | None = None):
         columns = self.columns()
         if columns is None:
             accumulate_uses_(total, [self])
@@ -198,7 +198,7 @@ class Bias(Elementwise):
         d = by_example(self.grad, self.out_dim, self.examples).movedim(self.axis, -1)
         return dense(d.flatten(1, -2)), None
 
-    def per_example(self, lo, hi):
+    def per_example(self, lo: int, hi: int):
         return wide(self.columns()[0][lo:hi]).sum(1)
 
 
@@ -224,7 +224,7 @@ class Norm(Elementwise):
     def factor(self):
         return self.normalise(wide(self.x))
 
-    def accumulate_with_bias_(self, total, bias_total):
+    def accumulate_with_bias_(self, total: Tensor, bias_total: Tensor):
         self.accumulate_(total, bias_total)
         return True
 
@@ -246,14 +246,14 @@ class Lookup(Use):
             d = d.masked_fill((ids == self.padding_idx)[..., None], 0.0)
         return ids, d
 
-    def per_example(self, lo, hi):
+    def per_example(self, lo: int, hi: int):
         ids, d = self.rows()
         gradient = d.new_zeros(hi - lo, *self.shape)
         for j in range(lo, hi):
             gradient[j - lo].index_add_(0, ids[j], d[j])
         return gradient
 
-    def accumulate_(self, total):
+    def accumulate_(self, total: Tensor):
         """Sum D over equal ids of an example by sorting them: no [B, vocabulary, width], no wait for the device."""
         ids, d = self.rows()
         examples, positions, width = d.shape

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ class Tape(TorchFunctionMode):
         self.stage = _FORWARD
         self.verdicts: dict[str, Tensor] = {}
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None):
         kwargs = kwargs or {}
         names = self.names
         for value in args:
@@ -113,7 +114,7 @@ class Tape(TorchFunctionMode):
 
     # ---- for handlers -----------------------------------------------------------------------------------------------
 
-    def name(self, value) -> str | None:
+    def name(self, value: Any) -> str | None:
         """Return the name of a watched parameter, None for anything else."""
         return self.names.get(id(value))
 
@@ -122,7 +123,9 @@ class Tape(TorchFunctionMode):
         name = self.names[id(param)]
         return name in self.wanted and name not in self.unruled
 
-    def call(self, func, args: tuple, kwargs: dict, params: tuple, x: Tensor | None, make: Callable[..., list[Use]]):
+    def call(
+        self, func: Callable, args: tuple, kwargs: dict, params: tuple, x: Tensor | None, make: Callable[..., list[Use]]
+    ):
         """Run ``func`` on constants and record the uses of ``params`` that ``make(x, dims)`` describes.
 
         Args:
@@ -309,7 +312,7 @@ def find_layout(one: Tape, two: Tape, unruled: dict[str, str]) -> Layout:
     return layout
 
 
-def _flat(values):
+def _flat(values: Any):
     for value in values:
         if type(value) in (list, tuple) or type(value) is type({}.values()):
             yield from _flat(value)
@@ -317,7 +320,7 @@ def _flat(values):
             yield value
 
 
-def _detached(value, names: dict[int, str]):
+def _detached(value: Any, names: dict[int, str]):
     if type(value) in (list, tuple):
         return type(value)([_detached(v, names) for v in value])
     if type(value) is dict:
