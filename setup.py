@@ -23,7 +23,7 @@ MODE = os.environ.get("CHILDTUNE_BUILD_EXT", "auto")
 if MODE not in ("auto", "0", "1"):
     raise SystemExit(f"CHILDTUNE_BUILD_EXT must be auto, 0 or 1, got {MODE!r}")
 
-OP_FAMILIES = ("adamw", "bitmask", "fisher", "selection")
+OP_FAMILIES = ("update", "bitmask", "fisher", "selection")
 CPU_SOURCES = [f"csrc/cpu/{name}.cpp" for name in (*OP_FAMILIES, "loops", "loops_avx2", "loops_avx512")]
 CUDA_SOURCES = [f"csrc/cuda/{name}.cu" for name in OP_FAMILIES]
 # The stable ABI of torch 2.10: one library serves every later torch.

@@ -9,12 +9,13 @@
 
 namespace childtune {
 
-// One row of the float64 `hyper` table: reference.HYPER_COLUMNS.
+// One row of the float64 `hyper` table: HYPER_COLUMNS of childtune_kernels/ops/update.py.
 struct Hyper {
   double lr, beta1, beta2, eps, weight_decay, reserve_p;
   double sign;           // +1 to minimise, -1 to maximise
   double hf_dialect;     // 0 torch, 1 hf
   double max_grad_norm;  // inf: no clipping
+  double decay_outside;  // not 0: weights outside the mask words decay
 };
 constexpr int kHyperColumns = sizeof(Hyper) / sizeof(double);
 
@@ -92,7 +93,7 @@ CHILDTUNE_INLINE void update_weight(float grad, float& param, float& exp_avg, fl
   exp_avg_sq = v;
 }
 
-// What decay_all does outside the child.
+// What decay_outside does outside the child.
 CHILDTUNE_INLINE float decay_weight(float param, const Scalars& s) {
   const float w = param + s.shrink_before * param;
   return w + s.shrink_after * w;

@@ -2,38 +2,17 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <vector>
 
 #include <torch/csrc/stable/tensor.h>
 
+#include "update.h"
+
 namespace childtune {
 
-using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
-using MaybeTensor = std::optional<Tensor>;
 
-void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
-            const Tensors& steps, const Tensor& hyper, const Tensors& companions,
-            const std::vector<int64_t>& rounding_keys, const Tensors& lrs, const MaybeTensor& grad_scale,
-            const MaybeTensor& found_inf, const MaybeTensor& grad_norm);
-
-void adamw_bernoulli_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
-                      const Tensors& exp_avg_sqs, const Tensors& steps, const Tensor& hyper,
-                      const std::vector<int64_t>& keys, const Tensors& companions,
-                      const std::vector<int64_t>& rounding_keys, const Tensors& lrs, const MaybeTensor& grad_scale,
-                      const MaybeTensor& found_inf, const MaybeTensor& grad_norm);
-
-void adamw_masked_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
-                   const Tensors& steps, const Tensor& hyper, const Tensors& mask_words, bool decay_all,
-                   const Tensors& lrs, const MaybeTensor& grad_scale, const MaybeTensor& found_inf,
-                   const MaybeTensor& grad_norm);
-
-void adamw_compact_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
-                    const Tensors& exp_avg_sqs, const Tensors& steps, const Tensor& hyper, const Tensors& indices,
-                    const std::vector<int64_t>& keys, const Tensors& companions,
-                    const std::vector<int64_t>& rounding_keys, const Tensors& lrs, const MaybeTensor& grad_scale,
-                    const MaybeTensor& found_inf, const MaybeTensor& grad_norm);
+void adamw_(const UpdateLists& lists);
 
 void square_accumulate_(const Tensors& accumulators, const Tensors& grads, double scale);
 

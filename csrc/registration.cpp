@@ -4,11 +4,15 @@
 
 #include "ops.h"
 
+// TORCH_BOX would make a std::vector<Tensor> of every list: see Arrays.
+static void boxed_adamw_(StableIValue* arguments, uint64_t given, uint64_t) {
+  STD_TORCH_CHECK(given == childtune::UpdateLists::kArguments, "adamw_ takes ", childtune::UpdateLists::kArguments,
+                  " arguments, its schema has ", given);
+  childtune::adamw_(childtune::UpdateLists(arguments));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(childtune, CHILDTUNE_DEVICE, m) {
-  m.impl("adamw_.csrc", TORCH_BOX(&childtune::adamw_));
-  m.impl("adamw_bernoulli_.csrc", TORCH_BOX(&childtune::adamw_bernoulli_));
-  m.impl("adamw_masked_.csrc", TORCH_BOX(&childtune::adamw_masked_));
-  m.impl("adamw_compact_.csrc", TORCH_BOX(&childtune::adamw_compact_));
+  m.impl("adamw_.csrc", boxed_adamw_);
   m.impl("square_accumulate_.csrc", TORCH_BOX(&childtune::square_accumulate_));
   m.impl("bernoulli_bits.csrc", TORCH_BOX(&childtune::bernoulli_bits));
   m.impl("score_histogram.csrc", TORCH_BOX(&childtune::score_histogram));

@@ -10,7 +10,7 @@ namespace childtune {
 
 void bernoulli_bits(const Tensor& words, int64_t numel, int64_t key, int64_t step, double p, int64_t domain,
                     int64_t offset) {
-  check_bernoulli(words, numel, step, p, domain, offset);
+  check_bernoulli(words, numel);
   const Stream stream = make_stream(key, static_cast<uint32_t>(step), static_cast<uint32_t>(domain));
   auto* out = static_cast<uint32_t*>(words.mutable_data_ptr());
   parallel_elements({numel}, [&](size_t, int64_t first, int64_t last) {

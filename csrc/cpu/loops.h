@@ -30,23 +30,20 @@ struct Parameter {
   void* exp_avg_sq;
   torch::headeronly::ScalarType weight_dtype, moment_dtype;
   const Scalars* scalars;
-  void* master;            // fp32, of a 16-bit weight; or null
-  void* compensation;      // of the weight's dtype; or null
-  const Stream* rounding;  // of 16-bit weights, stochastically; or null: to nearest
-  const Stream* stream;        // adamw_bernoulli_; adamw_compact_, null where every gradient is kept
-  const uint32_t* mask_words;  // adamw_masked_; null where the whole tensor is in the child
-  bool decay_all;              // adamw_masked_
-  const int32_t* indices;      // adamw_compact_: the element of every moment; null where the whole tensor is in the child
-  bool grad_packed;            // adamw_compact_: gradients lie like moments, not like weights
+  void* master;                // fp32, of a 16-bit weight; or null
+  void* compensation;          // of the weight's dtype; or null
+  const Stream* rounding;      // of 16-bit weights, stochastically; or null: to nearest
+  const Stream* stream;        // of F's gradient mask; null where every gradient is kept
+  const uint32_t* mask_words;  // dense D; null where the whole tensor is in the child
+  bool decay_outside;          // of weights that the mask words leave out
+  const int32_t* indices;      // packed D: the element of every moment; null where the whole tensor is in the child
+  bool grad_packed;            // packed D: gradients lie like moments, not like weights
 };
 
 // Work on elements first .. last - 1 of the moments; `first` is a multiple of kGrain.
 struct Loops {
   const char* name;
   void (*adamw)(const Parameter&, int64_t first, int64_t last);
-  void (*adamw_bernoulli)(const Parameter&, int64_t first, int64_t last);
-  void (*adamw_masked)(const Parameter&, int64_t first, int64_t last);
-  void (*adamw_compact)(const Parameter&, int64_t first, int64_t last);
   // Packs the keep-bits of `numel` elements; the first is element 4 * first_quad of its parameter.
   void (*bernoulli_words)(uint32_t* words, int64_t numel, uint64_t first_quad, const Stream&, uint32_t last_kept);
 };

@@ -127,7 +127,7 @@ C10_ALWAYS_INLINE void update_block(const Parameter& p, const Scalars& s, int64_
   float* exp_avg_sq = load(p.exp_avg_sq, p.moment_dtype, start, n, buffers[3]);
   if constexpr (kMask == Mask::kBernoulli) draw_words(words, n, static_cast<uint64_t>(start) / 4, *p.stream);
   const uint32_t child = kMask == Mask::kChild ? p.mask_words[start / kWordBits] : 0;
-  const bool decay_all = p.decay_all;
+  const bool decay_outside = p.decay_outside;
 
 #pragma omp simd
   for (int i = 0; i < n; ++i) {
@@ -137,7 +137,7 @@ C10_ALWAYS_INLINE void update_block(const Parameter& p, const Scalars& s, int64_
     update_weight(g, w, m, v, s);
     if constexpr (kMask == Mask::kChild) {
       const bool keep = child >> i & 1;
-      const float outside = decay_all ? decay_weight(param[i], s) : param[i];
+      const float outside = decay_outside ? decay_weight(param[i], s) : param[i];
       w = keep ? w : outside;
       m = keep ? m : exp_avg[i];
       v = keep ? v : exp_avg_sq[i];
@@ -153,7 +153,7 @@ C10_ALWAYS_INLINE void update_block(const Parameter& p, const Scalars& s, int64_
 }
 
 template <Mask kMask>
-void update(const Parameter& p, int64_t first, int64_t last) {
+void update_dense(const Parameter& p, int64_t first, int64_t last) {
   const Scalars s = *p.scalars;
   int64_t start = first;
   for (; start + kBlock <= last; start += kBlock) update_block<kMask>(p, s, start, kBlock);
@@ -163,10 +163,9 @@ void update(const Parameter& p, int64_t first, int64_t last) {
 // Word by word, so that words without a child cost no memory traffic. Testing cache lines of 16 weights one by one
 // costs more than it saves: a random tenth took 1.3 of plain AdamW's time (fp32, one Zen 4 core), words take 1.04.
 void update_child(const Parameter& p, int64_t first, int64_t last) {
-  if (!p.mask_words) return update<Mask::kNone>(p, first, last);
   const Scalars s = *p.scalars;
   for (int64_t start = first; start < last; start += kWordBits) {
-    if (p.mask_words[start / kWordBits] == 0 && !p.decay_all) continue;
+    if (p.mask_words[start / kWordBits] == 0 && !p.decay_outside) continue;
     if (start + kWordBits <= last) {
       update_block<Mask::kChild>(p, s, start, kWordBits);
     } else {
@@ -247,10 +246,17 @@ void update_compact_block(const Parameter& p, const Scalars& s, int64_t start, i
 }
 
 void update_compact(const Parameter& p, int64_t first, int64_t last) {
-  if (!p.indices) return p.stream ? update<Mask::kBernoulli>(p, first, last) : update<Mask::kNone>(p, first, last);
   const Scalars s = *p.scalars;
   for (int64_t start = first; start < last; start += kBlock)
     update_compact_block(p, s, start, static_cast<int>(std::min<int64_t>(kBlock, last - start)));
+}
+
+// What a parameter has says which of its elements are updated.
+void update(const Parameter& p, int64_t first, int64_t last) {
+  if (p.indices) return update_compact(p, first, last);
+  if (p.mask_words) return update_child(p, first, last);
+  if (p.stream) return update_dense<Mask::kBernoulli>(p, first, last);
+  update_dense<Mask::kNone>(p, first, last);
 }
 
 void bernoulli_words(uint32_t* out, int64_t numel, uint64_t first_quad, const Stream& stream, uint32_t last_kept) {
@@ -267,8 +273,7 @@ void bernoulli_words(uint32_t* out, int64_t numel, uint64_t first_quad, const St
 
 }  // namespace
 
-const Loops kLoops = {C10_STRINGIZE(CHILDTUNE_ISA), update<Mask::kNone>, update<Mask::kBernoulli>, update_child,
-                      update_compact, bernoulli_words};
+const Loops kLoops = {C10_STRINGIZE(CHILDTUNE_ISA), update, bernoulli_words};
 
 }  // namespace CHILDTUNE_ISA
 }  // namespace childtune

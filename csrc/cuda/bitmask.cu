@@ -61,7 +61,7 @@ __global__ void overlap_kernel(const uint32_t* a, const uint32_t* b, int64_t n, 
 
 void bernoulli_bits(const Tensor& words, int64_t numel, int64_t key, int64_t step, double p, int64_t domain,
                     int64_t offset) {
-  check_bernoulli(words, numel, step, p, domain, offset);
+  check_bernoulli(words, numel);
   if (numel == 0) return;
   const DeviceGuard guard(words.get_device_index());
   const Stream stream = make_stream(key, static_cast<uint32_t>(step), static_cast<uint32_t>(domain));

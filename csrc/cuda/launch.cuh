@@ -31,11 +31,13 @@ inline unsigned blocks_for(int64_t numel, int per_block) {
   return static_cast<unsigned>((numel + per_block - 1) / per_block);
 }
 
-inline cudaStream_t current_stream(const Tensor& tensor) {
+inline cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
+
+inline cudaStream_t current_stream(const Tensor& tensor) { return current_stream(tensor.get_device_index()); }
 
 // The record whose tensor a block works on. Every thread of the block walks the same path through constant memory.
 template <typename Record>
@@ -82,9 +84,13 @@ struct alignas(kGroup * sizeof(T)) Group {
   T values[kGroup];
 };
 
-inline bool is_aligned(const Tensor& tensor) {
-  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % (kGroup * tensor.element_size()) == 0;
+// Of 16- and 32-bit elements.
+inline bool is_aligned(const Array& array) {
+  const bool wide = array.dtype == ScalarType::Float || array.dtype == ScalarType::Int;
+  return reinterpret_cast<uintptr_t>(array.data) % (kGroup * (wide ? 4 : 2)) == 0;
 }
+
+inline bool is_aligned(const Tensor& tensor) { return is_aligned(array_of(tensor)); }
 
 template <typename T>
 __device__ void load_group(const T* data, int64_t start, int n, bool aligned, float (&values)[kGroup]) {

@@ -1,4 +1,4 @@
-// The updates: one small kernel derives every parameter's scalars on the device and advances the step counters,
+// The update: one small kernel derives every parameter's scalars on the device and advances the step counters,
 // then one launch updates all tensors of a dtype pair. No host synchronisation, safe to capture.
 #include "../adamw.h"
 
@@ -22,7 +22,7 @@ struct UpdateRecord {
   void* exp_avg;
   void* exp_avg_sq;
   const Scalars* scalars;
-  int64_t key;                   // kBernoulli, kCompact
+  int64_t mask_key;              // kBernoulli, and kCompact where it draws
   union {                        // null where the whole tensor is in the child
     const uint32_t* mask_words;  // kChild
     const int32_t* indices;      // kCompact
@@ -32,6 +32,7 @@ struct UpdateRecord {
   int64_t numel;          // of the moments
   unsigned first_block;
   bool grad_aligned, state_aligned;  // state: param, exp_avg and exp_avg_sq
+  bool decay_outside;                // kChild: of weights that the mask words leave out
   bool draws, grad_packed;           // kCompact: F's mask is drawn; gradients lie like moments
   bool is_master, stochastic;        // what the companion is; 16-bit weights are rounded stochastically
 };
@@ -91,7 +92,7 @@ __device__ void round_weights(const UpdateRecord& r, const float (&param)[kGroup
 }
 
 template <Mask kMask, typename Weight, typename Moment>
-__device__ void update_group(const UpdateRecord& r, const Scalars& s, int64_t start, bool decay_all) {
+__device__ void update_group(const UpdateRecord& r, const Scalars& s, int64_t start) {
   const int n = r.numel - start < kGroup ? static_cast<int>(r.numel - start) : kGroup;
   auto* const params = static_cast<Weight*>(r.param);
   auto* const exp_avgs = static_cast<Moment*>(r.exp_avg);
@@ -101,7 +102,7 @@ __device__ void update_group(const UpdateRecord& r, const Scalars& s, int64_t st
   uint32_t child = 0xFu;
   if constexpr (kMask == Mask::kChild) {
     child = child_bits(r.mask_words, start);
-    if (child == 0 && !decay_all) return;  // no memory of the group is touched
+    if (child == 0 && !r.decay_outside) return;  // no memory of the group is touched
   }
   load_group(params, start, n, r.state_aligned, param);
   add_companions<Weight>(r, start, n, param);
@@ -113,7 +114,7 @@ __device__ void update_group(const UpdateRecord& r, const Scalars& s, int64_t st
 
   uint32_t words[kGroup] = {};
   if constexpr (kMask == Mask::kBernoulli) {
-    draw_quad(static_cast<uint64_t>(start) / 4, make_stream(r.key, s.t, kGradientMask), words);
+    draw_quad(static_cast<uint64_t>(start) / 4, make_stream(r.mask_key, s.t, kGradientMask), words);
   }
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) {
@@ -121,7 +122,7 @@ __device__ void update_group(const UpdateRecord& r, const Scalars& s, int64_t st
       float g = grad[j] * s.grad_multiplier;
       if constexpr (kMask == Mask::kBernoulli) g = reserve_gradient(g, words[j], s);
       update_weight(g, param[j], exp_avg[j], exp_avg_sq[j], s);
-    } else if (decay_all) {
+    } else if (r.decay_outside) {
       param[j] = decay_weight(param[j], s);
     }
   }
@@ -166,7 +167,7 @@ __device__ void update_compact_group(const UpdateRecord& r, const Scalars& s, in
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) {
     float g = grad[j] * s.grad_multiplier;
-    if (r.draws) g = reserve_gradient(g, draw_word(index[j], make_stream(r.key, s.t, kGradientMask)), s);
+    if (r.draws) g = reserve_gradient(g, draw_word(index[j], make_stream(r.mask_key, s.t, kGradientMask)), s);
     update_weight(g, param[j], exp_avg[j], exp_avg_sq[j], s);
     if (r.stochastic) words[j] = draw_word(index[j], make_stream(r.rounding_key, s.t, kStochasticRounding));
   }
@@ -182,7 +183,7 @@ __device__ void update_compact_group(const UpdateRecord& r, const Scalars& s, in
 
 template <Mask kMask, typename Weight, typename Moment>
 __global__ void __launch_bounds__(kThreads)
-    update_kernel(const __grid_constant__ Table<UpdateRecord> table, const float* found_inf, bool decay_all) {
+    update_kernel(const __grid_constant__ Table<UpdateRecord> table, const float* found_inf) {
   if (overflowed(found_inf)) return;
   const UpdateRecord& r = find_record(table);
   const Scalars s = *r.scalars;
@@ -192,144 +193,119 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t start = tile + (k * kThreads + threadIdx.x) * kGroup;
     if (start >= r.numel) continue;
     if constexpr (kMask != Mask::kCompact) {
-      update_group<kMask, Weight, Moment>(r, s, start, decay_all);
+      update_group<kMask, Weight, Moment>(r, s, start);
     } else if (r.indices) {
       update_compact_group<Weight, Moment>(r, s, start);
     } else if (r.draws) {
-      update_group<Mask::kBernoulli, Weight, Moment>(r, s, start, decay_all);
+      update_group<Mask::kBernoulli, Weight, Moment>(r, s, start);
     } else {
-      update_group<Mask::kNone, Weight, Moment>(r, s, start, decay_all);
+      update_group<Mask::kNone, Weight, Moment>(r, s, start);
     }
   }
 }
 
-const float* maybe_data(const MaybeTensor& tensor) {
-  return tensor ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr;
+// Which kernel serves the lists.
+Mask masking(const UpdateLists& lists) {
+  if (!lists.indices.empty()) return Mask::kCompact;
+  if (!lists.mask_words.empty()) return Mask::kChild;
+  for (size_t i = 0; i < lists.size(); ++i) {
+    if (lists.draws(i)) return Mask::kBernoulli;
+  }
+  return Mask::kNone;
 }
 
-void launch_scalars(const UpdateLists& u, Scalars* scalars, const GradientState& state, cudaStream_t stream) {
+void launch_scalars(const UpdateLists& lists, Scalars* scalars, const GradientState& state, cudaStream_t stream) {
   using Records = Table<ScalarRecord>;
-  const int n = static_cast<int>(u.params.size());
+  const int n = static_cast<int>(lists.size());
   for (int start = 0; start < n; start += Records::kCapacity) {
     Records table;
     table.size = std::min(Records::kCapacity, n - start);
     for (int i = 0; i < table.size; ++i) {
       const size_t p = start + i;
-      const auto* lr = u.lrs.empty() ? nullptr : static_cast<const float*>(u.lrs[p].const_data_ptr());
-      table.records[i] = {static_cast<double*>(u.steps[p].mutable_data_ptr()), lr, u.hyper_row(p)};
+      table.records[i] = {lists.steps[p].as<double>(), lists.lr(p), lists.row(p)};
     }
     scalars_kernel<<<blocks_for(table.size, kThreads), kThreads, 0, stream>>>(table, scalars + start, state);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 }
 
-UpdateRecord make_record(const UpdateLists& u, size_t i, const Scalars* scalars) {
+UpdateRecord make_record(const UpdateLists& lists, size_t i, Mask mask, const Scalars* scalars) {
+  const Array &param = lists.params[i], &exp_avg = lists.exp_avgs[i], &exp_avg_sq = lists.exp_avg_sqs[i];
   UpdateRecord r{};
-  r.param = u.params[i].mutable_data_ptr();
-  r.grad = u.grads[i].const_data_ptr();
-  r.exp_avg = u.exp_avgs[i].mutable_data_ptr();
-  r.exp_avg_sq = u.exp_avg_sqs[i].mutable_data_ptr();
+  r.param = param.data;
+  r.grad = lists.grads[i].data;
+  r.exp_avg = exp_avg.data;
+  r.exp_avg_sq = exp_avg_sq.data;
   r.scalars = scalars + i;
-  r.numel = u.exp_avgs[i].numel();
-  r.grad_aligned = is_aligned(u.grads[i]);  // a view of a communication buffer often is not
-  r.state_aligned = is_aligned(u.params[i]) && is_aligned(u.exp_avgs[i]) && is_aligned(u.exp_avg_sqs[i]);
+  r.numel = exp_avg.numel;
+  r.grad_aligned = is_aligned(lists.grads[i]);  // a view of a communication buffer often is not
+  r.state_aligned = is_aligned(exp_avg) && is_aligned(exp_avg_sq);
+
+  // the child
+  if (mask == Mask::kChild) r.mask_words = lists.mask_words[i].as<const uint32_t>();
+  r.decay_outside = lists.row(i).decay_outside != 0;
+  if (lists.is_whole(i)) {
+    r.state_aligned = r.state_aligned && is_aligned(param);
+  } else {
+    r.indices = lists.indices[i].as<const int32_t>();
+  }
+  r.grad_packed = lists.is_packed(i);
+  r.draws = lists.draws(i);
+  if (!lists.mask_keys.empty()) r.mask_key = lists.mask_keys[i];
+
+  // how 16-bit weights are kept
+  if (lists.has_companion(i)) r.companion = lists.companions[i].data;
+  r.is_master = lists.is_master(i);
+  r.stochastic = lists.is_stochastic(i);
+  if (r.stochastic) r.rounding_key = lists.rounding_keys[i];
   return r;
 }
 
-// `complete(i, record)` adds what is particular to one op. A list may mix dtypes: one launch for each pair present.
-template <Mask kMask, typename Complete>
-void run(const UpdateLists& u, const LowPrecision& low, bool decay_all, const Complete& complete) {
-  if (u.params.empty()) return;
-  const torch::stable::accelerator::DeviceGuard guard(u.params[0].get_device_index());
-  const cudaStream_t stream = current_stream(u.params[0]);
-  const int64_t bytes = static_cast<int64_t>(u.params.size() * sizeof(Scalars));
-  const Tensor workspace = torch::stable::new_empty(u.params[0], {bytes}, ScalarType::Byte);
-  auto* scalars = static_cast<Scalars*>(workspace.mutable_data_ptr());
-  const GradientState state{maybe_data(u.grad_scale), maybe_data(u.found_inf), maybe_data(u.grad_norm)};
-  launch_scalars(u, scalars, state, stream);
-
-  constexpr ScalarType kDtypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
-  for (const ScalarType weight_dtype : kDtypes) {
-    for (const ScalarType moment_dtype : kDtypes) {
-      std::vector<UpdateRecord> records;
-      for (size_t i = 0; i < u.params.size(); ++i) {
-        if (u.params[i].scalar_type() != weight_dtype || u.exp_avgs[i].scalar_type() != moment_dtype) continue;
-        records.push_back(make_record(u, i, scalars));
-        UpdateRecord& record = records.back();
-        if (low.has_companion(i)) record.companion = low.companions[i].mutable_data_ptr();
-        record.is_master = low.is_master(i);
-        record.stochastic = low.is_stochastic(u, i);
-        if (record.stochastic) record.rounding_key = low.rounding_keys[i];
-        complete(i, record);
-      }
-      dispatch_weights(weight_dtype, [&](auto weight) {
-        dispatch_weights(moment_dtype, [&](auto moment) {
-          const auto kernel = update_kernel<kMask, decltype(weight), decltype(moment)>;
-          launch_tables(records, [&](const Table<UpdateRecord>& table, unsigned blocks) {
-            kernel<<<blocks, kThreads, 0, stream>>>(table, state.found_inf, decay_all);
-          });
-        });
+// One launch for all tensors of a weight's and a moment's dtype.
+template <Mask kMask>
+void launch_updates(const std::vector<UpdateRecord>& records, ScalarType weight_dtype, ScalarType moment_dtype,
+                    const float* found_inf, cudaStream_t stream) {
+  dispatch_weights(weight_dtype, [&](auto weight) {
+    dispatch_weights(moment_dtype, [&](auto moment) {
+      const auto kernel = update_kernel<kMask, decltype(weight), decltype(moment)>;
+      launch_tables(records, [&](const Table<UpdateRecord>& table, unsigned blocks) {
+        kernel<<<blocks, kThreads, 0, stream>>>(table, found_inf);
       });
-    }
-  }
+    });
+  });
 }
 
 }  // namespace
 
-void adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
-            const Tensors& steps, const Tensor& hyper, const Tensors& companions,
-            const std::vector<int64_t>& rounding_keys, const Tensors& lrs, const MaybeTensor& grad_scale,
-            const MaybeTensor& found_inf, const MaybeTensor& grad_norm) {
-  const UpdateLists u{params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs, grad_scale, found_inf, grad_norm};
-  const LowPrecision low{companions, rounding_keys};
-  check_update(u);
-  check_low_precision(u, low);
-  run<Mask::kNone>(u, low, false, [](size_t, UpdateRecord&) {});
-}
+void adamw_(const UpdateLists& lists) {
+  check_update(lists);
+  if (lists.size() == 0) return;
+  const int32_t device = lists.params[0].device_index;
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
 
-void adamw_bernoulli_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
-                      const Tensors& exp_avg_sqs, const Tensors& steps, const Tensor& hyper,
-                      const std::vector<int64_t>& keys, const Tensors& companions,
-                      const std::vector<int64_t>& rounding_keys, const Tensors& lrs, const MaybeTensor& grad_scale,
-                      const MaybeTensor& found_inf, const MaybeTensor& grad_norm) {
-  const UpdateLists u{params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs, grad_scale, found_inf, grad_norm};
-  const LowPrecision low{companions, rounding_keys};
-  check_update(u);
-  check_keys(u, keys);
-  check_low_precision(u, low);
-  run<Mask::kBernoulli>(u, low, false, [&](size_t i, UpdateRecord& r) { r.key = keys[i]; });
-}
+  const int64_t bytes = static_cast<int64_t>(lists.size() * sizeof(Scalars));
+  const Tensor workspace = torch::stable::new_empty(lists.params.tensor(0), {bytes}, ScalarType::Byte);
+  auto* scalars = static_cast<Scalars*>(workspace.mutable_data_ptr());
+  const GradientState state{maybe_data(lists.grad_scale), maybe_data(lists.found_inf), maybe_data(lists.grad_norm)};
+  launch_scalars(lists, scalars, state, stream);
 
-void adamw_masked_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
-                   const Tensors& steps, const Tensor& hyper, const Tensors& mask_words, bool decay_all,
-                   const Tensors& lrs, const MaybeTensor& grad_scale, const MaybeTensor& found_inf,
-                   const MaybeTensor& grad_norm) {
-  const UpdateLists u{params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs, grad_scale, found_inf, grad_norm};
-  check_update(u);
-  check_mask_words(u, mask_words);
-  run<Mask::kChild>(u, {{}, {}}, decay_all, [&](size_t i, UpdateRecord& r) {
-    if (mask_words[i].numel() != 0) r.mask_words = static_cast<const uint32_t*>(mask_words[i].const_data_ptr());
-  });
-}
-
-void adamw_compact_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
-                    const Tensors& exp_avg_sqs, const Tensors& steps, const Tensor& hyper, const Tensors& indices,
-                    const std::vector<int64_t>& keys, const Tensors& companions,
-                    const std::vector<int64_t>& rounding_keys, const Tensors& lrs, const MaybeTensor& grad_scale,
-                    const MaybeTensor& found_inf, const MaybeTensor& grad_norm) {
-  const UpdateLists u{params, grads, exp_avgs, exp_avg_sqs, steps, hyper, lrs, grad_scale, found_inf, grad_norm};
-  const LowPrecision low{companions, rounding_keys};
-  check_update(u, &indices);
-  check_keys(u, keys);
-  check_low_precision(u, low);
-  run<Mask::kCompact>(u, low, false, [&](size_t i, UpdateRecord& r) {
-    r.key = keys[i];
-    r.draws = u.hyper_row(i).reserve_p < 1;
-    r.grad_packed = is_packed(u, i);
-    if (is_whole(u, indices, i)) return;
-    r.indices = static_cast<const int32_t*>(indices[i].const_data_ptr());
-    r.state_aligned = is_aligned(u.exp_avgs[i]) && is_aligned(u.exp_avg_sqs[i]);
-  });
+  const Mask mask = masking(lists);
+  const auto launch = mask == Mask::kCompact     ? launch_updates<Mask::kCompact>
+                      : mask == Mask::kChild     ? launch_updates<Mask::kChild>
+                      : mask == Mask::kBernoulli ? launch_updates<Mask::kBernoulli>
+                                                 : launch_updates<Mask::kNone>;
+  constexpr ScalarType kDtypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  for (const ScalarType weight_dtype : kDtypes) {
+    for (const ScalarType moment_dtype : kDtypes) {
+      std::vector<UpdateRecord> records;
+      for (size_t i = 0; i < lists.size(); ++i) {
+        if (lists.params[i].dtype == weight_dtype && lists.exp_avgs[i].dtype == moment_dtype)
+          records.push_back(make_record(lists, i, mask, scalars));
+      }
+      launch(records, weight_dtype, moment_dtype, state.found_inf, stream);
+    }
+  }
 }
 
 }  // namespace childtune
