@@ -197,7 +197,7 @@ class ChildAdamW(torch.optim.Optimizer):
         return introspection.describe(self.config, self.param_groups, self.members(), self.impl)
 
     def memory(self) -> Memory:
-        """Return the bytes that weights, gradients and state take now, by kind; `memory.predict` says it beforehand."""
+        """Return the bytes that weights, gradients and state take now, by kind; `optim.predict` says it beforehand."""
         params = [member.param for member in self.members()]
         holders = {id(holder): holder for holder in (*params, *map(self._holder, params))}
         gradients = [holder.grad for holder in holders.values()]
