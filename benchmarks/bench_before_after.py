@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 
 ROUNDS, STEPS, PROFILED = 3, 60, 20
 ROWS = {  # name -> dtype of the weights, options
@@ -68,10 +69,13 @@ def measure() -> dict[str, dict[str, float]]:
 
 
 def in_checkout(folder: str) -> dict:
-    """Measure in a process of its own, with one checkout's package."""
-    environment = os.environ | {"PYTHONPATH": os.path.abspath(folder)}
+    """Measure in a process of its own, with one checkout's package, which need know nothing of this script."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([os.path.abspath(folder), os.path.dirname(os.path.abspath(__file__))])
+    }
+    code = "import json, sys, bench_before_after; json.dump(bench_before_after.measure(), open(sys.argv[1], 'w'))"
     with tempfile.NamedTemporaryFile() as file:
-        subprocess.run([sys.executable, __file__, file.name], env=environment, check=True, cwd=folder)
+        subprocess.run([sys.executable, "-c", code, file.name], env=environment, check=True, cwd=folder)
         return json.load(open(file.name))
 
 
@@ -86,23 +90,20 @@ def summary(before: list[dict], after: list[dict]) -> dict:
     return rows
 
 
-def main() -> None:
-    if len(sys.argv) == 2:
-        return json.dump(measure(), open(sys.argv[1], "w"))
-    import torch
-    import triton
-
-    folders, rounds = sys.argv[1:3], {"before": [], "after": []}
+def compare(before: str, after: str) -> Iterator[dict]:
+    """Measure both checkouts in turns."""
+    rounds: dict[str, list[dict]] = {"before": [], "after": []}
     for _ in range(ROUNDS):
-        for side, folder in zip(rounds, folders, strict=True):
+        for side, folder in zip(rounds, (before, after), strict=True):
             rounds[side].append(in_checkout(folder))
-    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    report = {"machine": machine, "unit": "ms", "rows": summary(**rounds)}
-    for name, row in report["rows"].items():
+    rows = summary(**rounds)
+    for name, row in rows.items():
         spans = [f"{key} {min(r):.3f} .. {max(r):.3f}" for key, r in row["ratios"].items()]
         print(f"{name:24} {row['before']} -> {row['after']}; ratios: {', '.join(spans)}")
-    json.dump(report, open(sys.argv[3], "w"), indent=1)
+    yield {"unit": "ms", "rows": rows}
 
 
 if __name__ == "__main__":
-    main()
+    from childtune_kernels.measure import results  # not above: a checkout that is measured may lack it
+
+    raise SystemExit(results.main(__doc__, compare, positional=("before", "after")))

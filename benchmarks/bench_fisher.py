@@ -7,19 +7,15 @@ a row that misses its error bound is refused.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
-from datetime import date
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor, nn
 
 from childtune_kernels import ops
-from childtune_kernels.cli.bench import commit
 from childtune_kernels.fisher import classification_loss, estimate_fisher
-from childtune_kernels.measure import timing
+from childtune_kernels.measure import results, timing
 
 LINEAR = ((32, 128, 4096, 1024), (8, 512, 4096, 4096), (16, 128, 1024, 1024))
 BOUNDS = {torch.bfloat16: 1e-6, torch.float32: 1e-5}  # relative error of a linear rule against float64
@@ -43,7 +39,7 @@ def linear_row(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict:
             "ratio": ours / plain, "refused": error > BOUNDS[dtype]}  # fmt: skip
 
 
-def device_time(function, count: int = 20) -> float:
+def device_time(function: Callable[[], object], count: int = 20) -> float:
     """Return the milliseconds of one call without the host's: from a captured graph of several."""
     function()
     graph = torch.cuda.CUDAGraph()
@@ -53,7 +49,7 @@ def device_time(function, count: int = 20) -> float:
     return timing.time_steps(graph.replay, DEVICE, 5)["device"] / count
 
 
-def bert_large():
+def bert_large() -> tuple[nn.Module, dict[str, Tensor]]:
     """Return BERT-large with a two-class head, random weights, and a batch of 16 x 128."""
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -63,13 +59,13 @@ def bert_large():
     return model, {"input_ids": ids, "labels": torch.randint(0, 2, (16,), device=DEVICE)}
 
 
-def loss(model, batch):
+def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """bfloat16 autocast, one loss an example."""
     with torch.autocast("cuda", torch.bfloat16):
         return classification_loss(model, batch)
 
 
-def milliseconds_a_batch(function, batches: int) -> float:
+def milliseconds_a_batch(function: Callable[[int], object], batches: int) -> float:
     """Return the time of a batch: two runs of different length, to leave out what is done once."""
     times = []
     for count in (2, 2 + batches):
@@ -83,7 +79,7 @@ def milliseconds_a_batch(function, batches: int) -> float:
     return (times[1] - times[0]) / batches
 
 
-def plain_graph(model, batch):
+def plain_graph(model: nn.Module, batch: dict[str, Tensor]) -> torch.cuda.CUDAGraph:
     """Capture a plain forward and backward pass."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -99,7 +95,7 @@ def plain_graph(model, batch):
     return graph
 
 
-def peak(function) -> int:
+def peak(function: Callable[[], object]) -> int:
     """Return the most bytes allocated while a function runs."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -113,15 +109,15 @@ def whole_pass(rounds: int) -> dict:
     model, batch = bert_large()
     rows: dict = {name: [] for name in ("plain", "exact", "plain graph", "exact graph", "one at a time")}
 
-    def plain(count):
+    def plain(count: int) -> None:
         for _ in range(count):
             model.zero_grad()
             loss(model, batch).sum().backward()
 
-    def exact(count, graph=False):
+    def exact(count: int, graph: bool = False) -> None:
         estimate_fisher(model, [batch] * count, loss, check=False, graph=graph)
 
-    def alone(count):
+    def alone(count: int) -> None:
         names = list(model.parameters())
         sums = [torch.zeros_like(p) for p in names]
         for _ in range(count):
@@ -130,7 +126,7 @@ def whole_pass(rounds: int) -> dict:
                 grads = torch.autograd.grad(loss(model, one).sum(), names)
                 ops.square_accumulate_(sums, list(grads), 1.0)
 
-    def replay(count):
+    def replay(count: int) -> None:
         for _ in range(count):
             graph.replay()
 
@@ -158,27 +154,16 @@ def whole_pass(rounds: int) -> dict:
     }}  # fmt: skip
 
 
-def main() -> int:
-    """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("json", type=Path)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=("linear", "pass"))
-    args = parser.parse_args()
-    report = {"date": date.today().isoformat(), "commit": commit(), "machine": timing.machine(DEVICE)}
-    if args.only != "pass":
-        report["linear"] = [
-            linear_row(shape, dtype) for dtype in BOUNDS for shape in LINEAR for _ in range(args.rounds)
-        ]
-        for row in report["linear"]:
-            print(row["shape"], row["dtype"], f"{row['ours']:.4f} / {row['plain']:.4f} ms",
-                  f"= {row['ratio']:.2f}", "error", row["error"], "REFUSED" * row["refused"])  # fmt: skip
-    if args.only != "linear":
-        report["pass"] = whole_pass(args.rounds)
-        print(json.dumps(report["pass"], indent=1))
-    args.json.write_text(json.dumps(report, indent=1) + "\n")
-    return int(any(row["refused"] for row in report.get("linear", ())))
+def measure(rounds: int, only: list[str]) -> Iterator[dict]:
+    """Measure the linear rule row by row, then the pass."""
+    if "linear" in only:
+        for shape, dtype in [(shape, dtype) for dtype in BOUNDS for shape in LINEAR for _ in range(rounds)]:
+            row = linear_row(shape, dtype)
+            why = f"{shape}, {dtype}: error {row['error']:.1e} is above {BOUNDS[dtype]:.0e}"
+            yield {"linear": [row], "refused": [why] * row["refused"]}
+    if "pass" in only:
+        yield {"pass": whole_pass(rounds)}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(results.main(__doc__, measure, rounds=3, only=("linear", "pass")))

@@ -5,16 +5,14 @@ A row is measured only if its counts equal the reference's. The words of both ma
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import torch
 
 from childtune_kernels import ChildMask, ops
-from childtune_kernels.measure import timing
+from childtune_kernels.measure import results, timing
 from childtune_kernels.measure.shapes import SHAPES
 
 
@@ -35,7 +33,7 @@ def flat_words(mask: ChildMask) -> torch.Tensor:
     return torch.cat([mask.words(name) for name in mask])
 
 
-def whole_call(call, repeats: int) -> dict[str, float]:
+def whole_call(call: Callable[[], object], repeats: int) -> dict[str, float]:
     """Time calls that end with a number on the host: milliseconds, median, least and most."""
     times = []
     for _ in range(repeats + 3):
@@ -46,7 +44,7 @@ def whole_call(call, repeats: int) -> dict[str, float]:
     return spread(times[3:])
 
 
-def cold(call, device: torch.device, repeats: int) -> dict[str, float]:
+def cold(call: Callable[[], object], device: torch.device, repeats: int) -> dict[str, float]:
     """Time the device from event to event with nothing of the masks in its cache: milliseconds."""
     flush = torch.empty(1 << 28, dtype=torch.uint8, device=device)  # several times an H200's 50 MB of L2
     times = []
@@ -62,10 +60,13 @@ def cold(call, device: torch.device, repeats: int) -> dict[str, float]:
 
 
 def spread(times: list[float]) -> dict[str, float]:
+    """Return the median, the least and the most."""
     return {"median": statistics.median(times), "min": min(times), "max": max(times)}
 
 
-def measure(overlap, x: torch.Tensor, y: torch.Tensor, bandwidth: float, repeats: int) -> dict:
+def measure_overlap(
+    overlap: Callable[..., torch.Tensor], x: torch.Tensor, y: torch.Tensor, bandwidth: float, repeats: int
+) -> dict:
     """Time one implementation's ``overlap_bits``."""
     from_memory = cold(lambda: overlap(x, y), x.device, repeats)
     return {
@@ -76,39 +77,26 @@ def measure(overlap, x: torch.Tensor, y: torch.Tensor, bandwidth: float, repeats
     }
 
 
-def main() -> int:
-    """Measure, print and write; return 1 if an implementation miscounts."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("json", type=Path, help="write the numbers to this file")
-    parser.add_argument("--repeats", type=int, default=50)
-    args = parser.parse_args()
+def measure(repeats: int) -> Iterator[dict]:
+    """Count the overlap of two masks with every implementation, and time those that count right."""
     device = torch.device("cuda", torch.cuda.current_device())
-    torch.manual_seed(0)
     a, b = random_mask(0.3, device), random_mask(0.1, device)
     x, y = flat_words(a), flat_words(b)
     bandwidth = timing.copy_bandwidth(device)
     both, either = expected = expected_counts(a, b)
-    rows, refused = {}, a.jaccard(b) != both / either
+    weights = sum(a.shape(name).numel() for name in a)
+    yield {"weights": weights, "bytes": 2 * x.nbytes, "copy bandwidth, GB/s": bandwidth / 1e9, "counts": expected}
     for impl in [i for i in ("triton", "csrc") if ops.unavailable(i, "cuda") is None]:
         overlap = ops.implementation(impl, "cuda").overlap_bits
         if (got := overlap(x, y).tolist()) == expected:
-            rows[impl] = measure(overlap, x, y, bandwidth, args.repeats)
+            yield {"rows": {impl: measure_overlap(overlap, x, y, bandwidth, repeats)}}
         else:
-            refused = True
-            print(f"refused: {impl} counts {got}, the reference {expected}")
-    rows["ChildMask.jaccard"] = {"launch and number, ms": whole_call(lambda: a.jaccard(b), args.repeats)}
-    report = {
-        "machine": timing.machine(device),
-        "weights": sum(a.shape(name).numel() for name in a),
-        "bytes": 2 * x.nbytes,
-        "copy bandwidth, GB/s": bandwidth / 1e9,
-        "counts": expected,
-        "rows": rows,
-    }
-    args.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report, indent=1))
-    return int(refused)
+            yield {"refused": [f"{impl} counts {got}, the reference {expected}"]}
+    if (found := a.jaccard(b)) == both / either:
+        yield {"rows": {"ChildMask.jaccard": {"launch and number, ms": whole_call(lambda: a.jaccard(b), repeats)}}}
+    else:
+        yield {"refused": [f"ChildMask.jaccard is {found}, by the reference's counts {both / either}"]}
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(results.main(__doc__, measure, repeats=50))

@@ -6,22 +6,18 @@ child is a random tenth. A model that the device cannot hold is reported as such
 
 from __future__ import annotations
 
-import argparse
 import functools
 import gc
-import json
 import statistics
 import time
-from datetime import date
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import torch
 import transformers
 from torch import nn
 
 from childtune_kernels import ChildAdamW, ChildMask, ops, philox
-from childtune_kernels.cli.bench import commit
-from childtune_kernels.measure import timing
+from childtune_kernels.measure import results
 from childtune_kernels.optim.memory import predict
 
 P = 0.1
@@ -39,7 +35,7 @@ def sampled_child(model: nn.Module) -> ChildMask:
     return ChildMask({n: ops.bernoulli_bits(*s) for n, s in sample.items()}, {n: p.shape for n, p in named.items()})
 
 
-def build(config: transformers.PretrainedConfig, kind) -> nn.Module:
+def build(config: transformers.PretrainedConfig, kind: type[nn.Module]) -> nn.Module:
     """Return a model in bfloat16 on the device, in training mode."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -129,30 +125,24 @@ def hook_costs() -> dict:
     return costs
 
 
-def main() -> None:
-    """Measure and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--models", nargs="*", choices=LLAMAS, default=list(LLAMAS))
-    args = parser.parse_args()
-    device = torch.device("cuda")
-    report = {"date": date.today().isoformat(), "commit": commit(), "machine": timing.machine(device), "p": P}
-    report |= {"batch": [1, 512], "steps": {}}
-    args.result.parent.mkdir(parents=True, exist_ok=True)
-    measurements = {"hooks": hook_costs}
-    measurements |= {f"{name}, {option}": functools.partial(whole_step, name, {option: True})
-                     for name in args.models for option in ("pack_gradients", "fused_backward")}  # fmt: skip
-    for name, measure in measurements.items():
-        gc.collect()
-        torch.cuda.empty_cache()
-        try:
-            result = measure()
-        except torch.cuda.OutOfMemoryError as error:
-            result = {"out_of_memory": str(error).split(".")[0]}
-        print(name, json.dumps(result), flush=True)
-        (report if name == "hooks" else report["steps"])[name] = result
-        args.result.write_text(json.dumps(report, indent=1) + "\n")  # after each: they take minutes
+def measure(models: list[str]) -> Iterator[dict]:
+    """Measure the hooks, then each model's steps."""
+    yield {"p": P, "batch": [1, 512], "steps": {}}
+    yield {"hooks": if_it_fits(hook_costs)}
+    for name in models:
+        for option in ("pack_gradients", "fused_backward"):
+            yield {"steps": {f"{name}, {option}": if_it_fits(functools.partial(whole_step, name, {option: True}))}}
+
+
+def if_it_fits(part: Callable[[], dict]) -> dict:
+    """Return what is measured, or that the device cannot hold it."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    try:
+        return part()
+    except torch.cuda.OutOfMemoryError as error:
+        return {"out_of_memory": str(error).split(".")[0]}
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(results.main(__doc__, measure, models=tuple(LLAMAS)))

@@ -6,24 +6,24 @@ with 100 labelled images and a fresh head. Runs on a CPU in seconds; needs sciki
 
 from __future__ import annotations
 
-import argparse
-import json
-from datetime import date
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from childtune_kernels import ChildMask, estimate_fisher
-from childtune_kernels.cli.bench import commit
 from childtune_kernels.experiments import digits, training
-from childtune_kernels.measure import timing
+from childtune_kernels.experiments.compare import one_thread
+from childtune_kernels.measure import results
 from childtune_kernels.measure.peers import touched_groups
 
 RULES = ("exact", "batch", "released")
 SHARES = (0.1, 0.3)
 
 
-def children(pretrained, task, protocol, seed: int) -> dict[float, dict[str, ChildMask]]:
+def children(
+    pretrained: nn.Module, task: digits.Task, protocol: digits.Protocol, seed: int
+) -> dict[float, dict[str, ChildMask]]:
     """Return share -> rule -> child of the encoder layers, for one draw of training images and head."""
     images = training.drawn(task, protocol, seed)
     model = training.with_fresh_head(pretrained, seed)
@@ -36,29 +36,27 @@ def children(pretrained, task, protocol, seed: int) -> dict[float, dict[str, Chi
     return found
 
 
-def main() -> None:
-    """Measure and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--seeds", type=int, default=5)
-    args = parser.parse_args()
-    torch.set_num_threads(1)  # the same numbers on any number of cores
+def measure(seeds: int) -> Iterator[dict]:
+    """Choose the children of several draws, and compare them."""
     protocol = digits.Protocol()
     task = digits.load_task(protocol, torch.device("cpu"))
-    pretrained = training.pretrain(task, protocol, lambda: None)
-    report = {"date": date.today().isoformat(), "commit": commit(), "machine": timing.machine(torch.device("cpu"))}
-    report |= {"seeds": args.seeds, "images": protocol.train_images, "batch": protocol.batch_size, "shares": {}}
-    for seed in range(args.seeds):
-        for p, masks in children(pretrained, task, protocol, seed).items():
-            entry = report["shares"].setdefault(str(p), {"overlap": {}, "touched": {}})
-            for rule, mask in masks.items():
-                if rule != "exact":
-                    entry["overlap"].setdefault(f"exact, {rule}", []).append(masks["exact"].jaccard(mask))
-                entry["touched"].setdefault(rule, []).append(touched_groups(mask))
-            entry["overlap"].setdefault("batch, released", []).append(masks["batch"].jaccard(masks["released"]))
-    args.result.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report["shares"], indent=1))
+    shares: dict[str, dict] = {}
+    with one_thread():
+        pretrained = training.pretrain(task, protocol, lambda: None)
+        for seed in range(seeds):
+            for p, masks in children(pretrained, task, protocol, seed).items():
+                add_overlaps(shares.setdefault(str(p), {"overlap": {}, "touched": {}}), masks)
+    yield {"seeds": seeds, "images": protocol.train_images, "batch": protocol.batch_size, "shares": shares}
+
+
+def add_overlaps(entry: dict, masks: dict[str, ChildMask]) -> None:
+    """Add what the children of one draw have in common to the lists of one share."""
+    for rule, mask in masks.items():
+        if rule != "exact":
+            entry["overlap"].setdefault(f"exact, {rule}", []).append(masks["exact"].jaccard(mask))
+        entry["touched"].setdefault(rule, []).append(touched_groups(mask))
+    entry["overlap"].setdefault("batch, released", []).append(masks["batch"].jaccard(masks["released"]))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(results.main(__doc__, measure, device="cpu", seeds=5))

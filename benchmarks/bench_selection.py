@@ -7,15 +7,14 @@ that no example has); "ties" are few distinct values, so that the last one is sh
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from childtune_kernels import ChildMask, ops, selection
-from childtune_kernels.measure import timing
+from childtune_kernels.measure import results, timing
 from childtune_kernels.measure.shapes import SHAPES
 
 
@@ -48,35 +47,31 @@ def expected_words(scores: dict[str, Tensor], p: float) -> list[Tensor]:
     return [ops.pack_bits(own) for own in bits.split([tensor.numel() for tensor in scores.values()])]
 
 
-def measure(step, device: torch.device, repeats: int, result_bytes: int = 0) -> dict:
+def measure_call(step: Callable[[], object], device: torch.device, repeats: int, result_bytes: int = 0) -> dict:
     """Time a call that ends on the host, and count what it allocates beyond its result."""
     times = timing.time_steps(step, device, repeats)
     times = {name: times[name] for name in ("step", "step_min", "step_max")}
     return {"ms": times, "extra MiB": (timing.extra_memory(step, device) - result_bytes) / 2**20}
 
 
-def measure_kind(kind: str, p: float, device: torch.device, repeats: int) -> tuple[dict, bool]:
-    """Return the rows of one kind of scores, and whether an implementation was refused."""
+def measure_kind(kind: str, p: float, device: torch.device, repeats: int) -> tuple[dict, list[str]]:
+    """Return the rows of one kind of scores, and why implementations are refused."""
     scores = {str(i): KINDS[kind](shape, device) for i, shape in enumerate(SHAPES["bert-large"]())}
     expected = expected_words(scores, p)
     result_bytes = sum(words.nbytes for words in expected)
-    rows, refused = {}, False
+    rows, refused = {}, []
     for impl in [i for i in ("triton", "csrc") if ops.unavailable(i, "cuda") is None]:
-
-        def pack(impl=impl):
-            return selection._select_words(selection._Scores(scores, impl), p, False, False)
-
-        if not all(torch.equal(*pair) for pair in zip(pack(), expected, strict=True)):
-            refused = True
-            print(f"refused: {impl} selects other weights of {kind} scores than a stable sort")
+        pack = functools.partial(selection.select_words, scores, p, impl=impl)
+        if not all(torch.equal(*pair) for pair in zip(pack().values(), expected, strict=True)):
+            refused.append(f"{impl} selects other weights of {kind} scores than a stable sort")
             continue
         kernels = ops.implementation(impl, "cuda")
         tensors, digits = ops.tensors.TensorList(scores.values()), kernels.DIGITS
         count_args = tensors, [0] * len(tensors), 32 - digits, digits
         pack_args = tensors, [0.5] * len(tensors), [0] * len(tensors), False
         rows[impl] = {
-            "select and pack": measure(pack, device, repeats, result_bytes),
-            "select, with ChildMask": measure(lambda impl=impl: as_mask(scores, p, impl), device, repeats),
+            "select and pack": measure_call(pack, device, repeats, result_bytes),
+            "select, with ChildMask": measure_call(lambda impl=impl: as_mask(scores, p, impl), device, repeats),
             "one histogram, device ms": timing.time_steps(
                 lambda kernels=kernels, args=count_args: kernels.score_histogram(*args), device, repeats
             )["device"],
@@ -85,31 +80,19 @@ def measure_kind(kind: str, p: float, device: torch.device, repeats: int) -> tup
             )["device"],
         }
     flat = torch.cat([tensor.view(-1) for tensor in scores.values()])
-    rows["torch.sort, without concatenation and packing"] = measure(lambda: torch.sort(flat), device, repeats)
+    rows["torch.sort, without concatenation and packing"] = measure_call(lambda: torch.sort(flat), device, repeats)
     return rows, refused
 
 
-def main() -> int:
-    """Measure, print and write; return 1 if an implementation was refused."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("json", type=Path, help="write the numbers to this file")
-    parser.add_argument("--p", type=float, default=0.1, help="share of the weights")
-    parser.add_argument("--repeats", type=int, default=20)
-    args = parser.parse_args()
+def measure(p: float, repeats: int) -> Iterator[dict]:
+    """Select the share ``p`` of BERT-large's weights, by both kinds of scores."""
     device = torch.device("cuda", torch.cuda.current_device())
-    torch.manual_seed(0)
-    measured = {kind: measure_kind(kind, args.p, device, args.repeats) for kind in KINDS}
-    report = {
-        "machine": timing.machine(device),
-        "scores": sum(torch.Size(shape).numel() for shape in SHAPES["bert-large"]()),
-        "p": args.p,
-        "copy bandwidth, GB/s": timing.copy_bandwidth(device) / 1e9,
-        "rows": {kind: rows for kind, (rows, _) in measured.items()},
-    }
-    args.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report, indent=1))
-    return int(any(refused for _, refused in measured.values()))
+    weights = sum(torch.Size(shape).numel() for shape in SHAPES["bert-large"]())
+    yield {"scores": weights, "p": p, "copy bandwidth, GB/s": timing.copy_bandwidth(device) / 1e9}
+    for kind in KINDS:
+        rows, refused = measure_kind(kind, p, device, repeats)
+        yield {"rows": {kind: rows}, "refused": refused}
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(results.main(__doc__, measure, p=0.1, repeats=20))

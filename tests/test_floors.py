@@ -28,6 +28,7 @@ FLOORS = [
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py"))
+SCRIPTS = sorted(p for folder in ("benchmarks", "examples") for p in (PACKAGE.parent / folder).glob("*.py"))
 OPTIONAL = ("triton", "sklearn", "matplotlib", "transformers")
 
 
@@ -96,6 +97,20 @@ def test_no_autotune_on_kernels_that_write_their_inputs(file):
     names = {n.attr for n in ast.walk(ast.parse((PACKAGE / file).read_text())) if isinstance(n, ast.Attribute)}
     names |= {n.id for n in ast.walk(ast.parse((PACKAGE / file).read_text())) if isinstance(n, ast.Name)}
     assert "autotune" not in names and not any("autotune" in name for name in imported_modules(file))
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda p: p.name)
+def test_scripts_use_public_names_only(file):
+    """They are what others copy from; what several of them or a command need is in measure/ or experiments/."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    imported = imported_modules(file)
+    names = {part for name in imported for part in name.split(".")}
+    names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not {name for name in names if re.match("_[^_]", name)}
+    assert not {name for name in imported if name.startswith("childtune_kernels.cli")}
+    if file.name.startswith("bench_"):  # measure.results.main has the one command line
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        assert "argparse" not in names and "main" not in defined
 
 
 def test_csrc_keeps_to_the_stable_abi():

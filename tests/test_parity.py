@@ -90,6 +90,7 @@ def test_rules_are_what_they_are_called(monkeypatch):
             super().__init__(params, **options)
 
     monkeypatch.setattr(parity, "ChildAdamW", Seen)
+    assert set(parity.RULES) >= {"no mask", "F", "D", "D, dense state", "F in D", "D, packed gradient"}
     for rule in parity.RULES:
         result, options = parity._trained(rule, "reference", CPU, torch.float32), seen[-1]
         kinds = "mask" in options, options.get("reserve_p", 1) < 1, options.get("pack_gradients", False)

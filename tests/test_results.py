@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from childtune_kernels import ChildAdamW, ChildMask
 from childtune_kernels.measure import results
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+SCRIPTS = sorted(
+    path.name for path in BENCHMARKS.glob("bench_*.py") if path.name != "bench_step.py"
+)  # that is pytest's
 
 
 def script(monkeypatch, tmp_path, measure, *words, **options) -> tuple[int, dict]:
@@ -98,3 +106,18 @@ def test_the_row_of_a_child_says_what_its_state_takes(options, one_thread):
     assert row["touched"] > 0.9 and "bytes" not in row
     assert all((p.grad is None) == bool(options) for p in params)  # a packed gradient has gone through its hook
     assert 0 < row["step_min"] <= row["step"] <= row["step_max"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_give_their_flags_and_hand_over(name, monkeypatch):
+    if "import transformers" in (BENCHMARKS / name).read_text():
+        pytest.importorskip("transformers")
+    calls = []
+    monkeypatch.setattr(results, "main", lambda *given, **options: calls.append((given, options)) or 7)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+    [((description, measure), options)] = calls
+    words = dict.fromkeys(options.pop("positional", ()))
+    options.pop("device", None)
+    assert stop.value.code == 7 and f"python benchmarks/{name} " in description and "RESULT.json" in description
+    assert inspect.isgeneratorfunction(measure) and list(inspect.signature(measure).parameters) == [*words, *options]
