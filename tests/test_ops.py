@@ -176,6 +176,18 @@ def test_bits_where_f_samples_some_parameters_alone(kind, shares, place):
         case.check()
 
 
+def test_each_row_says_whether_its_weights_outside_the_child_decay(dialect, place):
+    """By a tenth a step, which weights of every dtype show."""
+    kind, shapes = KINDS_OF_UPDATE["child, decay some"], ((33,), (BLOCK + 1,), (37, 29))
+    case = Case(place.device, kind, shapes=shapes, shares=(0.4,), lr=0.1, weight_decay=1.0, dialect=dialect)
+    before = [param.cpu().clone() for param in case.params]
+    case.step(place.kernels, case.new_grads())
+    case.check()
+    moved = [bool((a != b.cpu())[~child].any()) for a, b, child in zip(before, case.params, case.children, strict=True)]
+    whole = [not words.numel() for words in case.words]
+    assert moved == [i % 3 == 0 and not whole[i] for i in range(9)] and sum(moved) == 3
+
+
 def test_p_of_one_is_plain_adamw(place):
     plain, bernoulli = Case(place.device), Case(place.device, BERNOULLI._replace(p=(1.0,)))
     for _ in range(3):

@@ -22,9 +22,9 @@ from triton.compiler import ASTSource  # noqa: E402
 from childtune_kernels.ops.triton import adamw, bits, fisher, gather, selection, squares, update  # noqa: E402
 
 FP32, BF16, FP16 = tl.float32, tl.bfloat16, tl.float16
-RULES = {"plain": 0, "bernoulli": 1, "child": 2, "child-decay-all": 3, "compact": 4, "compact-bernoulli": 5}
+MASKINGS = {"plain": 0, "bernoulli": 1, "child": 2, "child-decay": 3, "compact": 4, "compact-bernoulli": 5}
 ROUNDINGS = ("compensation", "master", "stochastic")
-LAYOUT = {
+BLOCK_MAP = {
     "table": "*i64",
     "first_block": "*i32",
     "coarse": "*i32",
@@ -87,24 +87,24 @@ def assert_no_spills(usage, budget):
     + [(80, BF16, BF16)],
     ids=lambda x: f"sm_{x}" if isinstance(x, int) else str(x),
 )
-@pytest.mark.parametrize("rule", RULES)
-def test_update(rule, capability, param, state, tmp_path):
-    check_update(rule, capability, param, state, tmp_path)
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_update(masking, capability, param, state, tmp_path):
+    check_update(masking, capability, param, state, tmp_path)
 
 
-@pytest.mark.parametrize("beside, stochastic", [(1, False), (2, False), (0, True)], ids=ROUNDINGS)
-@pytest.mark.parametrize("rule", [rule for rule in RULES if "child" not in rule])
-def test_update_of_low_precision_weights(rule, beside, stochastic, tmp_path):
+@pytest.mark.parametrize("companion, stochastic", [(1, False), (2, False), (0, True)], ids=ROUNDINGS)
+@pytest.mark.parametrize("masking", [masking for masking in MASKINGS if "child" not in masking])
+def test_update_of_low_precision_weights(masking, companion, stochastic, tmp_path):
     for capability, param in ((90, BF16), (90, FP16), (80, BF16), (100, BF16)):
-        check_update(rule, capability, param, FP32, tmp_path, beside, stochastic)
+        check_update(masking, capability, param, FP32, tmp_path, companion, stochastic)
 
 
-def check_update(rule, capability, param, state, tmp_path, beside=0, stochastic=False):
+def check_update(masking, capability, param, state, tmp_path, companion=0, stochastic=False):
     """Compile one combination; demand IEEE operations, no spills, few registers and wide accesses."""
-    block, part, scalar_part, num_warps = update._sizes(RULES[rule], bool(beside or stochastic))
+    block, part, scalar_part, num_warps = update._sizes(MASKINGS[masking], bool(companion or stochastic))
     constants = dict(
-        RULE=RULES[rule],
-        BESIDE=beside,
+        MASKING=MASKINGS[masking],
+        COMPANION=companion,
         STOCHASTIC=stochastic,
         PARAM_DTYPE=param,
         STATE_DTYPE=state,
@@ -112,10 +112,10 @@ def check_update(rule, capability, param, state, tmp_path, beside=0, stochastic=
         PART=part,
         SCALAR_PART=scalar_part,
     )
-    signature = {**LAYOUT, "scalars": "*i32"}
+    signature = {**BLOCK_MAP, "scalars": "*i32"}
     ptx, usage = build(update._update_kernel, signature, constants, capability, num_warps, tmp_path)
     assert_ieee(ptx)
-    assert_no_spills(usage, CHILD_BUDGET if "child" in rule else BUDGET)
+    assert_no_spills(usage, CHILD_BUDGET if "child" in masking else BUDGET)
     together = part // (32 * num_warps)  # elements of a thread, 4 of them at most in one access
     words = {min(4, together) * dtype.primitive_bitwidth // 32 for dtype in (param, state)}
     for width in {f"v{n}" for n in words if n > 1}:
@@ -139,7 +139,7 @@ def test_begin(capability, scaler, tmp_path):
 @pytest.mark.parametrize("grad", [FP32, BF16], ids=str)
 def test_square_accumulate(capability, grad, tmp_path):
     constants = dict(GRAD_DTYPE=grad, BLOCK=squares._BLOCK)
-    signature = {**LAYOUT, "scale": "fp32"}
+    signature = {**BLOCK_MAP, "scale": "fp32"}
     ptx, usage = build(squares._square_accumulate_kernel, signature, constants, capability, 4, tmp_path)
     assert_ieee(ptx)
     assert_no_spills(usage, BUDGET)
@@ -150,7 +150,7 @@ def test_square_accumulate(capability, grad, tmp_path):
 @pytest.mark.parametrize("add", [False, True], ids=["set", "add"])
 def test_gather(add, capability, tmp_path):
     constants = dict(ADD=add, DTYPE=BF16, BLOCK=gather._BLOCK)
-    ptx, usage = build(gather._gather_kernel, LAYOUT, constants, capability, 4, tmp_path)
+    ptx, usage = build(gather._gather_kernel, BLOCK_MAP, constants, capability, 4, tmp_path)
     assert_no_spills(usage, BUDGET)
     assert "ld.global.v4.b32" in ptx  # the indices
 
@@ -184,12 +184,12 @@ def test_overlap(capability, tmp_path):
 def test_selection(capability, dtype, tmp_path):
     count, pack = selection._count_kernel, selection._bits_kernel
     constants = dict(DTYPE=dtype)
-    signature = {**LAYOUT, "counts": "*i64", "shift": "i32", "n_bins": "i32"}
+    signature = {**BLOCK_MAP, "counts": "*i64", "shift": "i32", "n_bins": "i32"}
     sizes = dict(LANES=selection._LANES, STEPS=selection._STEPS)
     built = [build(count, signature, constants | sizes, capability, 4, tmp_path)]
     for lowest in (False, True):
         sizes = dict(LOWEST=lowest, BLOCK=selection._BLOCK)
-        built.append(build(pack, LAYOUT, constants | sizes, capability, 4, tmp_path))
+        built.append(build(pack, BLOCK_MAP, constants | sizes, capability, 4, tmp_path))
     for ptx, usage in built:
         assert_no_spills(usage, 100)
         assert ("ld.global.v4.b32" if dtype == FP32 else "ld.global.v2.b32") in ptx

@@ -101,6 +101,11 @@ class Update:
         return bool(self.mask_keys) and bool((self.hyper.numpy()[:, RESERVE_P] < 1).any())
 
     @property
+    def decays_outside(self) -> bool:
+        """Whether weights outside some parameter's child decay."""
+        return bool(self.mask_words) and bool((self.hyper.numpy()[:, DECAY_OUTSIDE] != 0).any())
+
+    @property
     def written(self) -> tuple[TensorList, ...]:
         """The lists of tensors that an update writes."""
         return self.params, self.exp_avgs, self.exp_avg_sqs, self.steps, self.companions

@@ -1,7 +1,7 @@
 """The formula of an update, and every parameter's scalars for it, derived on the device in one small launch.
 
-The rules are `reference.advance_moments`, `advance_weights` and `derive_scalars`; of the last, one lane does one
-parameter.
+The rules are `reference.adamw`'s `advance_moments`, `advance_weights` and `derive_scalars`; of the last, one lane does
+one parameter.
 """
 
 from __future__ import annotations
@@ -9,13 +9,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Fields of the table, then the columns of `hyper`; field f of parameter i is at f * n + i.
-# KEY: of the mask stream; CHILD: the address of mask words or indices, 0 where the whole tensor is in the child.
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, COMPANION, STEP, LR, KEY, ROUNDING_KEY, CHILD, NUMEL, HYPER = map(
-    tl.constexpr, range(12)
-)
-SCALARS = tl.constexpr(16)  # 32-bit words a parameter in the table of derived scalars: one 64-byte line
-STEP_BITS, LAST_STEP = tl.constexpr(32), tl.constexpr(2**32 - 1)
+from ..reference import adamw as reference
+from ..update import HYPER_COLUMNS
+
+# Fields of the table, which are lists of `Update`, then the columns of its `hyper`; field f of parameter i is at
+# f * n + i. CHILDREN: the addresses of mask words or indices, 0 where the whole tensor is in the child.
+PARAMS, GRADS, EXP_AVGS, EXP_AVG_SQS, COMPANIONS, STEPS = map(tl.constexpr, range(6))
+LRS, MASK_KEYS, ROUNDING_KEYS, CHILDREN, NUMELS, HYPER = map(tl.constexpr, range(6, 12))
+HYPER_LR, HYPER_BETA1, HYPER_BETA2, HYPER_EPS, HYPER_WEIGHT_DECAY = map(tl.constexpr, range(5))
+HYPER_RESERVE_P, HYPER_SIGN, HYPER_HF, HYPER_MAX_GRAD_NORM, HYPER_DECAY_OUTSIDE = map(tl.constexpr, range(5, 10))
+assert HYPER_DECAY_OUTSIDE.value == len(HYPER_COLUMNS) - 1
+
+# The 32-bit words of a parameter's row in the table of derived scalars, one 64-byte line: fp32 as in
+# `reference.adamw.Scalars`, then integers.
+SCALARS = tl.constexpr(16)
+GRAD_MULTIPLIER, INV_P, BETA1, ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2 = map(tl.constexpr, range(6))
+EPS, STEP_SIZE, INV_SQRT_CORRECTION2, SHRINK_BEFORE, SHRINK_AFTER = map(tl.constexpr, range(6, 11))
+STREAM_STEP = tl.constexpr(11)  # the mask stream's t
+LAST_KEPT = tl.constexpr(12)  # the largest random word that F keeps
+APPLY = tl.constexpr(13)  # 0 where the gradients overflowed: nothing is written
+DECAY_OUTSIDE = tl.constexpr(14)  # not 0: weights outside the child decay
+
+STEP_BITS, LAST_STEP = tl.constexpr(reference.STEP_BITS), tl.constexpr(reference.LAST_STEP)
+TWO_TO_32 = tl.constexpr(2.0**32)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -24,30 +40,34 @@ def begin_kernel(table, scalars, n, grad_scale, found_inf, grad_norm, HAS_LRS: t
 
     grid: (ceil(n / BLOCK),)
     """
+    # load
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     own = i < n
     hyper = table + HYPER * n + i
-    lr = _fp64(hyper, 0, n, own)
-    beta1 = _fp64(hyper, 1, n, own)
-    beta2 = _fp64(hyper, 2, n, own)
-    eps = _fp64(hyper, 3, n, own)
-    weight_decay = _fp64(hyper, 4, n, own)
-    p = _fp64(hyper, 5, n, own)
-    sign = _fp64(hyper, 6, n, own)
-    hf = _fp64(hyper, 7, n, own) != 0
-    max_grad_norm = _fp64(hyper, 8, n, own)
+    lr = _fp64(hyper, HYPER_LR, n, own)
+    beta1 = _fp64(hyper, HYPER_BETA1, n, own)
+    beta2 = _fp64(hyper, HYPER_BETA2, n, own)
+    eps = _fp64(hyper, HYPER_EPS, n, own)
+    weight_decay = _fp64(hyper, HYPER_WEIGHT_DECAY, n, own)
+    p = _fp64(hyper, HYPER_RESERVE_P, n, own)
+    sign = _fp64(hyper, HYPER_SIGN, n, own)
+    hf = _fp64(hyper, HYPER_HF, n, own) != 0
+    max_grad_norm = _fp64(hyper, HYPER_MAX_GRAD_NORM, n, own)
+    decay_outside = _fp64(hyper, HYPER_DECAY_OUTSIDE, n, own) != 0
     if HAS_LRS:
-        lr_ptr = tl.load(table + LR * n + i, mask=own, other=0).to(tl.pointer_type(tl.float32))
+        lr_ptr = tl.load(table + LRS * n + i, mask=own, other=0).to(tl.pointer_type(tl.float32))
         lr = tl.load(lr_ptr, mask=own, other=0.0).to(tl.float64)
 
+    # advance the counters
     apply = own
     if found_inf is not None:
         apply = own & (tl.load(found_inf + 0 * i) == 0.0)  # a lane each: the interpreter cannot spread a bool
-    step_ptr = tl.load(table + STEP * n + i, mask=own, other=0).to(tl.pointer_type(tl.float64))
+    step_ptr = tl.load(table + STEPS * n + i, mask=own, other=0).to(tl.pointer_type(tl.float64))
     step = tl.load(step_ptr, mask=own, other=0.0) + 1.0
     tl.store(step_ptr, step, mask=apply)
     t = tl.minimum(step.to(tl.int64), LAST_STEP)
 
+    # derive
     one = tl.full([BLOCK], 1.0, tl.float64)
     scale = one
     if grad_scale is not None:
@@ -67,25 +87,25 @@ def begin_kernel(table, scalars, n, grad_scale, found_inf, grad_norm, HAS_LRS: t
     sqrt_correction2 = tl.sqrt(one - power2)
     shrink = 0.0 - lr * weight_decay
     step_size = lr / (one - power1)
-    last_kept = (p * 4294967296.0).to(tl.int64) - 1
+    last_kept = (p * TWO_TO_32).to(tl.int64) - 1
 
+    # store
     row = scalars + i * SCALARS
-    decay_outside = _fp64(hyper, 9, n, own) != 0
-    _put(row, 0, sign * clip / scale, own)
-    _put(row, 1, one / p, own)
-    _put(row, 2, beta1, own)
-    _put(row, 3, one - beta1, own)
-    _put(row, 4, beta2, own)
-    _put(row, 5, one - beta2, own)
-    _put(row, 6, eps, own)
-    _put(row, 7, tl.where(hf, step_size * sqrt_correction2, step_size), own)
-    _put(row, 8, tl.where(hf, one, one / sqrt_correction2), own)
-    _put(row, 9, tl.where(hf, 0.0 * one, shrink), own)
-    _put(row, 10, tl.where(hf, shrink, 0.0 * one), own)
-    tl.store(row + 11, t.to(tl.int32), mask=own)
-    tl.store(row + 12, last_kept.to(tl.int32), mask=own)
-    tl.store(row + 13, tl.where(apply, 1, 0), mask=own)
-    tl.store(row + 14, tl.where(decay_outside, 1, 0), mask=own)
+    _put(row, GRAD_MULTIPLIER, sign * clip / scale, own)
+    _put(row, INV_P, one / p, own)
+    _put(row, BETA1, beta1, own)
+    _put(row, ONE_MINUS_BETA1, one - beta1, own)
+    _put(row, BETA2, beta2, own)
+    _put(row, ONE_MINUS_BETA2, one - beta2, own)
+    _put(row, EPS, eps, own)
+    _put(row, STEP_SIZE, tl.where(hf, step_size * sqrt_correction2, step_size), own)
+    _put(row, INV_SQRT_CORRECTION2, tl.where(hf, one, one / sqrt_correction2), own)
+    _put(row, SHRINK_BEFORE, tl.where(hf, 0.0 * one, shrink), own)
+    _put(row, SHRINK_AFTER, tl.where(hf, shrink, 0.0 * one), own)
+    tl.store(row + STREAM_STEP, t.to(tl.int32), mask=own)
+    tl.store(row + LAST_KEPT, last_kept.to(tl.int32), mask=own)
+    tl.store(row + APPLY, tl.where(apply, 1, 0), mask=own)
+    tl.store(row + DECAY_OUTSIDE, tl.where(decay_outside, 1, 0), mask=own)
 
 
 @triton.jit
@@ -105,12 +125,18 @@ def scalar(row, COLUMN: tl.constexpr):
 
 
 @triton.jit
+def unsigned(row, COLUMN: tl.constexpr):
+    """Read one integer of a parameter's row, uint32."""
+    return tl.load(row + COLUMN).to(tl.uint32)
+
+
+@triton.jit
 def advance(param, g, exp_avg, exp_avg_sq, row):
     """Return the new fp32 (param, exp_avg, exp_avg_sq): the one Triton statement of the formula."""
-    exp_avg = scalar(row, 2) * exp_avg + scalar(row, 3) * g  # Alg. 1, line 8
-    exp_avg_sq = scalar(row, 4) * exp_avg_sq + scalar(row, 5) * (g * g)  # Alg. 1, line 9
-    param = param + scalar(row, 9) * param
-    denominator = tl.sqrt_rn(exp_avg_sq) * scalar(row, 8) + scalar(row, 6)
-    param = param - scalar(row, 7) * tl.div_rn(exp_avg, denominator)  # Alg. 1, lines 10-12
-    param = param + scalar(row, 10) * param
+    exp_avg = scalar(row, BETA1) * exp_avg + scalar(row, ONE_MINUS_BETA1) * g  # Alg. 1, line 8
+    exp_avg_sq = scalar(row, BETA2) * exp_avg_sq + scalar(row, ONE_MINUS_BETA2) * (g * g)  # Alg. 1, line 9
+    param = param + scalar(row, SHRINK_BEFORE) * param
+    denominator = tl.sqrt_rn(exp_avg_sq) * scalar(row, INV_SQRT_CORRECTION2) + scalar(row, EPS)
+    param = param - scalar(row, STEP_SIZE) * tl.div_rn(exp_avg, denominator)  # Alg. 1, lines 10-12
+    param = param + scalar(row, SHRINK_AFTER) * param
     return param, exp_avg, exp_avg_sq

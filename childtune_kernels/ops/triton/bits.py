@@ -64,7 +64,7 @@ def _overlap_kernel(a, b, counts, n_words, BLOCK: tl.constexpr):
     tl.atomic_add(counts + 1, tl.sum(_count_bits(x | y), axis=0).to(tl.int64), sem="relaxed")
 
 
-def bernoulli_bits(numel, key, step, p, domain, offset, device) -> Tensor:
+def bernoulli_bits(numel: int, key: int, step: int, p: float, domain: int, offset: int, device: torch.device) -> Tensor:
     """Launch `reference.bernoulli_bits`."""
     words = torch.empty((numel + 31) // 32, dtype=torch.int32, device=device)
     last_kept = philox.as_signed(philox.keep_threshold(p) - 1, 32)
@@ -76,7 +76,7 @@ def bernoulli_bits(numel, key, step, p, domain, offset, device) -> Tensor:
     return words
 
 
-def popcount_bits(words) -> Tensor:
+def popcount_bits(words: Tensor) -> Tensor:
     """Launch `reference.popcount_bits`."""
     count = torch.zeros((), dtype=torch.int64, device=words.device)
     with on_device(words.device):
@@ -87,7 +87,7 @@ def popcount_bits(words) -> Tensor:
     return count
 
 
-def overlap_bits(a, b) -> Tensor:
+def overlap_bits(a: Tensor, b: Tensor) -> Tensor:
     """Launch `reference.overlap_bits`."""
     counts = torch.zeros(2, dtype=torch.int64, device=a.device)
     with on_device(a.device):

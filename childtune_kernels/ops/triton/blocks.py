@@ -1,6 +1,6 @@
 """The three ways to update a block of weights: all of it, by mask words, by indices.
 
-Source: Algorithm 1 and Eq. 1-4 of Xu et al. 2021; order of operations: `reference`.
+Source: Algorithm 1 and Eq. 1-4 of Xu et al. 2021; order of operations: `reference.adamw`.
 """
 
 from __future__ import annotations
@@ -8,12 +8,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .adamw import advance, scalar
+from ... import philox
+from .adamw import (
+    GRAD_MULTIPLIER,
+    INV_P,
+    LAST_KEPT,
+    SHRINK_AFTER,
+    SHRINK_BEFORE,
+    STREAM_STEP,
+    advance,
+    scalar,
+    unsigned,
+)
 from .launch import pointer
 from .philox import block_words, keep_bits, words_of
 from .rounding import MASTER, load_weights, rounded, store_weights, widened
 
 GRAD_PACKED = tl.constexpr(1)  # added to the address of indices whose gradient lies packed, as moments do
+GRADIENT_MASK = tl.constexpr(philox.GRADIENT_MASK)  # domains of the stream
+STOCHASTIC_ROUNDING = tl.constexpr(philox.STOCHASTIC_ROUNDING)
+WORD_BITS, QUAD, QUAD_BITS = tl.constexpr(32), tl.constexpr(4), tl.constexpr(15)  # a mask word holds 8 groups of 4
 
 
 @triton.jit
@@ -54,6 +68,7 @@ def dense_block(
     BLOCK: tl.constexpr,
 ):
     """Update one block; ``FULL`` says that no element of it lies outside the tensor, so that accesses vectorise."""
+    # load
     offsets = tl.arange(0, BLOCK)  # from the block's start: 64-bit offsets an element would double the registers
     inside = None if FULL else offsets < numel - start
     param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr = _pointers(
@@ -65,16 +80,20 @@ def dense_block(
     exp_avg = widened(tl.load(exp_avg_ptr, mask=inside))
     exp_avg_sq = widened(tl.load(exp_avg_sq_ptr, mask=inside))
 
-    g = grad * scalar(row, 0)
-    step = tl.load(row + 11).to(tl.uint32)
+    # draw
+    mask_key, rounding_key = keys
+    g = grad * scalar(row, GRAD_MULTIPLIER)
+    step = unsigned(row, STREAM_STEP)
     if BERNOULLI:
-        keep = keep_bits(start, keys[0], step, tl.load(row + 12).to(tl.uint32), 0, BLOCK)
-        g = tl.where(keep, g * scalar(row, 1), 0.0)  # Eq. 4
+        keep = keep_bits(start, mask_key, step, unsigned(row, LAST_KEPT), GRADIENT_MASK, BLOCK)
+        g = tl.where(keep, g * scalar(row, INV_P), 0.0)  # Eq. 4
 
+    # moments and weights
     param, exp_avg, exp_avg_sq = advance(param, g, exp_avg, exp_avg_sq, row)
 
-    words = block_words(start, keys[1], step, 1, BLOCK) if STOCHASTIC else None
-    store_weights(param, param_ptr, companion, None, words, inside, COMPANION, STOCHASTIC)
+    # store
+    random_words = block_words(start, rounding_key, step, STOCHASTIC_ROUNDING, BLOCK) if STOCHASTIC else None
+    store_weights(param, param_ptr, companion, None, random_words, inside, COMPANION, STOCHASTIC)
     tl.store(exp_avg_ptr, rounded(exp_avg, STATE_DTYPE), mask=inside)
     tl.store(exp_avg_sq_ptr, rounded(exp_avg_sq, STATE_DTYPE), mask=inside)
 
@@ -82,11 +101,11 @@ def dense_block(
 @triton.jit
 def masked_block(
     addresses,
-    words,
+    mask_words,
     row,
     start,
     numel,
-    DECAY_ALL: tl.constexpr,
+    DECAY: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -98,36 +117,42 @@ def masked_block(
 
     Reading by groups keeps the loads 16 bytes wide. Writing goes by element: merging new and old values for wide
     stores took 54 registers instead of 43, and 2.11 ms instead of 2.06 (H200, BERT-large, fp32, random p = 0.1).
+
+    DECAY: weights outside the child decay, as in the released code.
     """
-    quads = tl.arange(0, BLOCK // 4)
-    lanes = tl.arange(0, 4)[None, :]
-    offsets = quads[:, None] * 4 + lanes
+    # load the mask
+    quads = tl.arange(0, BLOCK // QUAD)
+    lanes = tl.arange(0, QUAD)[None, :]
+    offsets = quads[:, None] * QUAD + lanes
     inside = None if FULL else offsets < numel - start
-    words_ptr = words.to(tl.pointer_type(tl.int32)) + start // 32 + quads // 8
-    word = tl.load(words_ptr, mask=quads * 4 < numel - start, other=0)
-    nibble = (word >> (quads % 8) * 4) & 15
+    words_ptr = mask_words.to(tl.pointer_type(tl.int32)) + start // WORD_BITS + quads // (WORD_BITS // QUAD)
+    word = tl.load(words_ptr, mask=quads * QUAD < numel - start, other=0)
+    nibble = (word >> (quads % (WORD_BITS // QUAD)) * QUAD) & QUAD_BITS
     keep = ((nibble[:, None] >> lanes) & 1) != 0
     touched = (nibble != 0)[:, None] & (lanes >= 0)
     if not FULL:
         keep = keep & inside
         touched = touched & inside
 
+    # load
     param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr = _pointers(
         addresses, start, offsets, PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED
     )
-    old_param = widened(tl.load(param_ptr, mask=inside if DECAY_ALL else touched))
+    old_param = widened(tl.load(param_ptr, mask=inside if DECAY else touched))
     grad = widened(tl.load(grad_ptr, mask=touched))
     exp_avg = widened(tl.load(exp_avg_ptr, mask=touched))
     exp_avg_sq = widened(tl.load(exp_avg_sq_ptr, mask=touched))
 
-    param, exp_avg, exp_avg_sq = advance(old_param, grad * scalar(row, 0), exp_avg, exp_avg_sq, row)
-
+    # moments and weights
+    g = grad * scalar(row, GRAD_MULTIPLIER)
+    param, exp_avg, exp_avg_sq = advance(old_param, g, exp_avg, exp_avg_sq, row)
     written = keep
-    if DECAY_ALL:  # as the released code: weights outside the child decay
-        decayed = old_param + scalar(row, 9) * old_param
-        param = tl.where(keep, param, decayed + scalar(row, 10) * decayed)
-        everywhere = tl.zeros_like(offsets) + tl.load(row + 14) != 0
-        written = keep | everywhere if FULL else keep | (everywhere & inside)
+    if DECAY:
+        decayed = old_param + scalar(row, SHRINK_BEFORE) * old_param
+        param = tl.where(keep, param, decayed + scalar(row, SHRINK_AFTER) * decayed)
+        written = inside
+
+    # store
     tl.store(param_ptr, rounded(param, PARAM_DTYPE), mask=written)
     tl.store(exp_avg_ptr, rounded(exp_avg, STATE_DTYPE), mask=keep)
     tl.store(exp_avg_sq_ptr, rounded(exp_avg_sq, STATE_DTYPE), mask=keep)
@@ -137,7 +162,7 @@ def masked_block(
 def compact_block(
     addresses,
     keys,
-    child,
+    indices,
     row,
     start,
     numel,
@@ -156,30 +181,36 @@ def compact_block(
     What lies packed is accessed 16 bytes at a time; indices are int32, because 64-bit ones, or the ranks of bits
     counted here, cost more than they save.
     """
+    # load, by way of the indices what does not lie packed
     offsets = tl.arange(0, BLOCK)
     inside = None if FULL else offsets < numel - start
     param_address, grad_address, exp_avg, exp_avg_sq, companion = addresses
     exp_avg_ptr = pointer(exp_avg, STATE_DTYPE, ALIGNED) + start + offsets
     exp_avg_sq_ptr = pointer(exp_avg_sq, STATE_DTYPE, ALIGNED) + start + offsets
     companion_ptr = pointer(companion, tl.float32 if COMPANION == MASTER else PARAM_DTYPE, ALIGNED) + start + offsets
-    index = tl.load(pointer(child & ~GRAD_PACKED, tl.int32, ALIGNED) + start + offsets, mask=inside)
+    index = tl.load(pointer(indices & ~GRAD_PACKED, tl.int32, ALIGNED) + start + offsets, mask=inside)
     param_ptr = pointer(param_address, PARAM_DTYPE, False) + index
     old_param, stored = load_weights(param_ptr, companion_ptr, inside, COMPANION)
     old_exp_avg = widened(tl.load(exp_avg_ptr, mask=inside))
     old_exp_avg_sq = widened(tl.load(exp_avg_sq_ptr, mask=inside))
-    if child & GRAD_PACKED:
+    if indices & GRAD_PACKED:
         grad = tl.load(pointer(grad_address, PARAM_DTYPE, GRAD_ALIGNED) + start + offsets, mask=inside)
     else:
         grad = tl.load(pointer(grad_address, PARAM_DTYPE, False) + index, mask=inside)
-    g = widened(grad) * scalar(row, 0)
-    step = tl.load(row + 11).to(tl.uint32)
-    if BERNOULLI:
-        keep = words_of(index, keys[0], step, 0) <= tl.load(row + 12).to(tl.uint32)
-        g = tl.where(keep, g * scalar(row, 1), 0.0)  # Eq. 4
 
+    # draw
+    mask_key, rounding_key = keys
+    g = widened(grad) * scalar(row, GRAD_MULTIPLIER)
+    step = unsigned(row, STREAM_STEP)
+    if BERNOULLI:
+        keep = words_of(index, mask_key, step, GRADIENT_MASK) <= unsigned(row, LAST_KEPT)
+        g = tl.where(keep, g * scalar(row, INV_P), 0.0)  # Eq. 4
+
+    # moments and weights
     param, new_exp_avg, new_exp_avg_sq = advance(old_param, g, old_exp_avg, old_exp_avg_sq, row)
 
-    words = words_of(index, keys[1], step, 1) if STOCHASTIC else None
-    store_weights(param, param_ptr, companion_ptr, stored, words, inside, COMPANION, STOCHASTIC)
+    # store; 16-bit weights only where their bits change
+    random_words = words_of(index, rounding_key, step, STOCHASTIC_ROUNDING) if STOCHASTIC else None
+    store_weights(param, param_ptr, companion_ptr, stored, random_words, inside, COMPANION, STOCHASTIC)
     tl.store(exp_avg_ptr, rounded(new_exp_avg, STATE_DTYPE), mask=inside)
     tl.store(exp_avg_sq_ptr, rounded(new_exp_avg_sq, STATE_DTYPE), mask=inside)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .. import reference
 from .launch import INTERPRET, on_device
@@ -183,7 +184,7 @@ def tile(
     return Tile(64, 256, 64, 8, 4) if hopper else Tile(128, 128, 64, 8, 3)
 
 
-def fisher_linear_(total, d, x) -> None:
+def fisher_linear_(total: Tensor, d: Tensor, x: Tensor) -> None:
     """Launch `reference.fisher_linear_`; one position, or float64, is an ordinary product and left to torch."""
     examples, positions, n_rows = d.shape
     n_columns = x.shape[2]
@@ -203,7 +204,7 @@ def fisher_linear_(total, d, x) -> None:
         )  # fmt: skip
 
 
-def fisher_columns_(total, d, factor=None, plain_total=None) -> None:
+def fisher_columns_(total: Tensor, d: Tensor, factor: Tensor | None = None, plain_total: Tensor | None = None) -> None:
     """Launch `reference.fisher_columns_`."""
     examples, positions, n_columns = d.shape
     if d.dtype == torch.float64 or 0 in d.shape:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..tensors import TensorList
-from .launch import OPTIONS, TRITON_DTYPES, is_aligned, layout, locate, on_device, pointer, upload
+from .launch import OPTIONS, TRITON_DTYPES, is_aligned, locate, map_blocks, on_device, over, pointer
 from .rounding import rounded, widened
 
 _PACKED, _GRAD, _INDICES, _NUMEL = map(tl.constexpr, range(4))  # fields of the table
@@ -19,12 +21,14 @@ def _gather_block(
     addresses, start, numel, ADD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, FULL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # load the child's places, and the entries that are there
     packed, grad, indices = addresses
     offsets = tl.arange(0, BLOCK)
     inside = None if FULL else offsets < numel - start
     index = tl.load(pointer(indices, tl.int32, ALIGNED) + start + offsets, mask=inside)
     packed_ptr = pointer(packed, DTYPE, ALIGNED) + start + offsets
     entries = tl.load(pointer(grad, DTYPE, False) + index, mask=inside)
+    # add and store
     if ADD:
         total = widened(tl.load(packed_ptr, mask=inside)) + widened(entries)
         entries = rounded(total, DTYPE)
@@ -51,28 +55,14 @@ def _gather_kernel(
         _gather_block(addresses, start, numel, ADD, DTYPE, False, False, BLOCK)
 
 
-def gather_child_(packed, grads, indices, add) -> None:
+def gather_child_(packed: Sequence[Tensor], grads: Sequence[Tensor], indices: Sequence[Tensor], add: bool) -> None:
     """Launch `reference.gather_child_`."""
     if not packed:
         return
-    device, n = packed[0].device, len(packed)
+    device = packed[0].device
     packed, grads, indices = map(TensorList.of, (packed, grads, indices))
-    plan = layout(device, _BLOCK, packed.numels, tuple((dtype,) for dtype in grads.dtypes))
-    host = np.stack((packed.addresses, grads.addresses, indices.addresses, plan.numels))
-    if plan.order is not None:
-        host = host[:, plan.order]
+    blocks = map_blocks(device, _BLOCK, packed.numels, tuple((dtype,) for dtype in grads.dtypes))
     with on_device(device):
-        table = upload(host, device)
-        for launch in plan.launches:
-            _gather_kernel[(launch.n_blocks,)](
-                table,
-                launch.first_block,
-                launch.coarse,
-                launch.coarse_shift,
-                launch.first_row,
-                n,
-                ADD=add,
-                DTYPE=TRITON_DTYPES[launch.dtypes[0]],
-                BLOCK=_BLOCK,
-                **OPTIONS,
-            )
+        _, launches = over(device, blocks, (packed.addresses, grads.addresses, indices.addresses, packed.sizes))
+        for (dtype,), n_blocks, tables in launches:
+            _gather_kernel[(n_blocks,)](**tables, ADD=add, DTYPE=TRITON_DTYPES[dtype], BLOCK=_BLOCK, **OPTIONS)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +24,10 @@ INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 OPTIONS = {"enable_fp_fusion": False}
 
 
-class Launch(NamedTuple):
-    """One launch over the tensors first_row .. first_row + n_tensors - 1 of a table."""
+class Rows(NamedTuple):
+    """The tensors first_row .. first_row + n_tensors - 1 of a table, which one launch serves."""
 
-    dtypes: tuple[torch.dtype, ...]
+    dtypes: tuple[torch.dtype | None, ...]
     first_row: int
     n_blocks: int
     first_block: Tensor  # int32 [n_tensors + 1]: blocks before each tensor
@@ -34,19 +35,26 @@ class Launch(NamedTuple):
     coarse_shift: int
 
 
-class Layout(NamedTuple):
-    """A list of tensors, sorted by dtypes: ``order`` is None where it already was."""
+class BlockMap(NamedTuple):
+    """Which program works on which block of a list of tensors, sorted by dtypes; no ``order`` where it already was."""
 
     order: list[int] | None
-    numels: np.ndarray
-    launches: tuple[Launch, ...]
+    launches: tuple[Rows, ...]
+
+
+class Launch(NamedTuple):
+    """One launch: the dtypes of its tensors, its programs, and the first arguments of its kernel by name."""
+
+    dtypes: tuple[torch.dtype | None, ...]
+    n_blocks: int
+    tables: dict[str, Any]
 
 
 @functools.lru_cache(maxsize=1024)
-def layout(
-    device: torch.device, block: int, numels: tuple[int, ...], dtypes: tuple[tuple[torch.dtype, ...], ...]
-) -> Layout:
-    """Lay the blocks of a list of tensors out, one launch a combination of dtypes. Cached: shapes seldom change.
+def map_blocks(
+    device: torch.device, block: int, numels: tuple[int, ...], dtypes: tuple[tuple[torch.dtype | None, ...], ...]
+) -> BlockMap:
+    """Map the blocks of a list of tensors, one launch a combination of dtypes. Cached: shapes seldom change.
 
     Making one waits for the device. A pass that packs a 7B model's gradients takes some 290 of them, up to 16 KB each.
     """
@@ -62,9 +70,9 @@ def layout(
             shift = max(0, (n_blocks - 1).bit_length() - _COARSE_ENTRIES.bit_length() + 1)
             coarse = np.searchsorted(first_block, np.arange(0, n_blocks, 1 << shift), side="right") - 1
             index = [torch.from_numpy(a.astype(np.int32)).to(device) for a in (first_block, coarse)]
-            launches.append(Launch(dtype, first_row, n_blocks, *index, shift))
+            launches.append(Rows(dtype, first_row, n_blocks, *index, shift))
         first_row += len(rows)
-    return Layout(None if order == list(range(len(numels))) else order, np.array(numels, np.int64), tuple(launches))
+    return BlockMap(None if order == list(range(len(numels))) else order, tuple(launches))
 
 
 _captured: list[Tensor] = []  # staging that CUDA graphs copy from at every replay: must outlive them
@@ -86,7 +94,34 @@ def upload(table: np.ndarray, device: torch.device) -> Tensor:
     return result
 
 
-def on_device(device: torch.device):
+def over(device: torch.device, blocks: BlockMap, fields: Sequence[np.ndarray]) -> tuple[Tensor, list[Launch]]:
+    """Upload a table and return it with the launches over it.
+
+    Args:
+        device: of the tensors.
+        blocks: the list's map.
+        fields: int64 [n] each, one entry a tensor: what a kernel reads at ``table + field * n + tensor``.
+    """
+    host = np.stack(fields)
+    table = upload(host if blocks.order is None else host[:, blocks.order], device)
+    return table, [
+        Launch(
+            rows.dtypes,
+            rows.n_blocks,
+            dict(
+                table=table,
+                first_block=rows.first_block,
+                coarse=rows.coarse,
+                coarse_shift=rows.coarse_shift,
+                first_row=rows.first_row,
+                n=host.shape[1],
+            ),
+        )
+        for rows in blocks.launches
+    ]
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     """Make ``device`` current: Triton launches there, whatever device the tensors are on."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 

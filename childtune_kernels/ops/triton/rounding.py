@@ -1,6 +1,6 @@
 """How a 16-bit weight stands for an fp32 one, and plain conversions that Triton's interpreter gets wrong.
 
-The rules are those of `reference`: a master, a compensation, stochastic rounding, or none of these.
+The rules are those of `reference.rounding`: a master, a compensation, stochastic rounding, or none of these.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def widened(x):
 
 
 @triton.jit
-def rounded_stochastically(x, words, DTYPE: tl.constexpr):
-    """Round fp32 to DTYPE, up with the probability of the distance; see `reference.round_stochastically`."""
+def rounded_stochastically(x, random_words, DTYPE: tl.constexpr):
+    """Round fp32 to DTYPE, up with the probability of the distance; see `reference.rounding`."""
     CUT: tl.constexpr = 16 if DTYPE == tl.bfloat16 else 13
     sign = x.to(tl.uint32, bitcast=True) & 0x80000000
     magnitude = (x.to(tl.uint32, bitcast=True) & 0x7FFFFFFF).to(tl.float32, bitcast=True)
     shift = tl.where((magnitude < _MIN_NORMAL_HALF) & (DTYPE == tl.float16), _MIN_NORMAL_HALF, 0.0)
-    bits = ((magnitude + shift).to(tl.uint32, bitcast=True) + (words >> (32 - CUT))) >> CUT << CUT
+    bits = ((magnitude + shift).to(tl.uint32, bitcast=True) + (random_words >> (32 - CUT))) >> CUT << CUT
     result = bits.to(tl.float32, bitcast=True) - shift
     result = (result.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     finite = (x.to(tl.uint32, bitcast=True) & 0x7F800000) != 0x7F800000
@@ -51,7 +51,7 @@ def rounded_stochastically(x, words, DTYPE: tl.constexpr):
 
 @triton.jit
 def load_weights(param_ptr, companion_ptr, inside, COMPANION: tl.constexpr):
-    """Return the fp32 weights, wherever their bits are, and what is stored; see `reference.standing_weights`."""
+    """Return the fp32 weights, wherever their bits are, and what is stored; see `reference.rounding`."""
     DTYPE: tl.constexpr = param_ptr.dtype.element_ty
     stored = tl.load(param_ptr, mask=inside)
     param = widened(stored)
@@ -77,7 +77,7 @@ def changed(new, stored, inside):
 
 @triton.jit
 def _left_over(x, near, DTYPE: tl.constexpr):
-    """Return what rounding left over; see `reference.left_over`."""
+    """Return what rounding left over; see `reference.rounding`."""
     left = rounded(x - near, DTYPE)
     wide = widened(left)
     again = widened(rounded(near + wide, DTYPE))
@@ -86,7 +86,7 @@ def _left_over(x, near, DTYPE: tl.constexpr):
 
 @triton.jit
 def store_weights(
-    param, param_ptr, companion_ptr, stored, words, inside,
+    param, param_ptr, companion_ptr, stored, random_words, inside,
     COMPANION: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """Round fp32 weights into their tensor, and what that loses into their companion.
@@ -96,7 +96,7 @@ def store_weights(
     DTYPE: tl.constexpr = param_ptr.dtype.element_ty
     SPARSE: tl.constexpr = stored is not None and DTYPE != tl.float32
     if STOCHASTIC:
-        new = rounded_stochastically(param, words, DTYPE)
+        new = rounded_stochastically(param, random_words, DTYPE)
         tl.store(param_ptr, new, mask=changed(new, stored, inside) if SPARSE else inside)
     else:
         near = rounded(param, DTYPE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import triton
@@ -10,7 +12,18 @@ from torch import Tensor
 
 from ..tensors import TensorList
 from .bits import store_bits
-from .launch import INTERPRET, OPTIONS, TRITON_DTYPES, is_aligned, layout, locate, on_device, pointer, upload
+from .launch import (
+    INTERPRET,
+    OPTIONS,
+    TRITON_DTYPES,
+    Launch,
+    is_aligned,
+    locate,
+    map_blocks,
+    on_device,
+    over,
+    pointer,
+)
 from .rounding import widened
 
 _SCORES, _NUMEL, _ROW, _FIRST = map(tl.constexpr, range(4))  # fields of _count_kernel's table
@@ -160,32 +173,27 @@ def _bits_kernel(
         _pack_block(field, n, start, numel, DTYPE, LOWEST, False, BLOCK)
 
 
-def _launches(scores: TensorList, block: int, *fields: np.ndarray):
-    """Yield, for each dtype, the grid's length, a kernel's first arguments and its dtype; ``fields`` follow the two
-    that all tables start with."""
+def _launches(scores: TensorList, block: int, *fields: np.ndarray) -> list[Launch]:
+    """Return the launches over scores; ``fields`` follow the two that all tables start with."""
     device = scores[0].device
-    plan = layout(device, block, scores.numels, tuple((dtype,) for dtype in scores.dtypes))
-    host = np.stack((scores.addresses, plan.numels, *fields))
-    table = upload(host if plan.order is None else host[:, plan.order], device)
-    for launch in plan.launches:
-        tables = (table, launch.first_block, launch.coarse, launch.coarse_shift, launch.first_row, len(scores))
-        yield launch.n_blocks, tables, TRITON_DTYPES[launch.dtypes[0]]
+    blocks = map_blocks(device, block, scores.numels, tuple((dtype,) for dtype in scores.dtypes))
+    return over(device, blocks, (scores.addresses, scores.sizes, *fields))[1]
 
 
-def score_histogram(scores, firsts, shift, digits) -> Tensor:
+def score_histogram(scores: Sequence[Tensor], firsts: Sequence[int], shift: int, digits: int) -> Tensor:
     """Launch `reference.score_histogram`."""
     scores, n_bins = TensorList.of(scores), 1 << digits
     device = scores[0].device
     counts = torch.zeros((len(scores), n_bins + 1), dtype=torch.int64, device=device)
     with on_device(device):
         rows, firsts = np.arange(len(scores)), np.array(firsts, np.int64)
-        for n_blocks, tables, dtype in _launches(scores, _LANES * _STEPS, rows, firsts):
+        for (dtype,), n_blocks, tables in _launches(scores, _LANES * _STEPS, rows, firsts):
             _count_kernel[(n_blocks, triton.cdiv(n_bins, _BINS.value))](
-                *tables,
-                counts,
-                shift,
-                n_bins,
-                DTYPE=dtype,
+                **tables,
+                counts=counts,
+                shift=shift,
+                n_bins=n_bins,
+                DTYPE=TRITON_DTYPES[dtype],
                 LANES=_LANES,
                 STEPS=_STEPS,
                 **OPTIONS,
@@ -193,7 +201,9 @@ def score_histogram(scores, firsts, shift, digits) -> Tensor:
     return counts
 
 
-def threshold_bits(scores, thresholds, tie_ends, lowest=False) -> Tensor:
+def threshold_bits(
+    scores: Sequence[Tensor], thresholds: Sequence[float], tie_ends: Sequence[int], lowest: bool = False
+) -> Tensor:
     """Launch `reference.threshold_bits`."""
     scores = TensorList.of(scores)
     device = scores[0].device
@@ -203,6 +213,6 @@ def threshold_bits(scores, thresholds, tie_ends, lowest=False) -> Tensor:
     threshold_words = np.array(thresholds, np.float32).view(np.int32).astype(np.int64)
     with on_device(device):
         fields = (addresses, threshold_words, np.array(tie_ends, np.int64))
-        for n_blocks, tables, dtype in _launches(scores, _BLOCK, *fields):
-            _bits_kernel[(n_blocks,)](*tables, DTYPE=dtype, LOWEST=lowest, BLOCK=_BLOCK, **OPTIONS)
+        for (dtype,), n_blocks, tables in _launches(scores, _BLOCK, *fields):
+            _bits_kernel[(n_blocks,)](**tables, DTYPE=TRITON_DTYPES[dtype], LOWEST=lowest, BLOCK=_BLOCK, **OPTIONS)
     return words

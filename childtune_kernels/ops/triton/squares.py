@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..tensors import TensorList
-from .launch import OPTIONS, TRITON_DTYPES, is_aligned, layout, locate, on_device, pointer, upload
+from .launch import OPTIONS, TRITON_DTYPES, is_aligned, locate, map_blocks, on_device, over, pointer
 from .rounding import widened
 
 _ACCUMULATOR, _GRAD, _NUMEL = map(tl.constexpr, range(3))  # fields of the table
@@ -68,28 +70,16 @@ def _square_accumulate_kernel(
         _square_block(field, n, start, numel, scale, GRAD_DTYPE, False, False, False, BLOCK)
 
 
-def square_accumulate_(accumulators, grads, scale) -> None:
+def square_accumulate_(accumulators: Sequence[Tensor], grads: Sequence[Tensor], scale: float) -> None:
     """Launch `reference.square_accumulate_`."""
     if not accumulators:
         return
-    device, n = accumulators[0].device, len(accumulators)
+    device = accumulators[0].device
     accumulators, grads = TensorList.of(accumulators), TensorList.of(grads)
-    plan = layout(device, _BLOCK, accumulators.numels, tuple((dtype,) for dtype in grads.dtypes))
-    host = np.stack((accumulators.addresses, grads.addresses, plan.numels))
-    if plan.order is not None:
-        host = host[:, plan.order]
+    blocks = map_blocks(device, _BLOCK, accumulators.numels, tuple((dtype,) for dtype in grads.dtypes))
     with on_device(device):
-        table = upload(host, device)
-        for launch in plan.launches:
-            _square_accumulate_kernel[(launch.n_blocks,)](
-                table,
-                launch.first_block,
-                launch.coarse,
-                launch.coarse_shift,
-                launch.first_row,
-                n,
-                scale,
-                GRAD_DTYPE=TRITON_DTYPES[launch.dtypes[0]],
-                BLOCK=_BLOCK,
-                **OPTIONS,
+        _, launches = over(device, blocks, (accumulators.addresses, grads.addresses, accumulators.sizes))
+        for (dtype,), n_blocks, tables in launches:
+            _square_accumulate_kernel[(n_blocks,)](
+                **tables, scale=scale, GRAD_DTYPE=TRITON_DTYPES[dtype], BLOCK=_BLOCK, **OPTIONS
             )
