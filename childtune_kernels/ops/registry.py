@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from . import checks, csrc, reference
 from .update import Scaling, Update
+
+_SAME = "the same"
+_SCALING = [field.name for field in fields(Update)].index("scaling")  # the op's arguments from there on are its fields
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,12 @@ class Op:
     check: Callable[..., None]
     fake: Callable[..., Tensor] | None = None
     takes: Callable[..., tuple] = lambda *args: args
-    csrc_schema: str | None = "the same"
+    csrc_schema: str | None = _SAME
 
     @property
     def overloads(self) -> dict[str, str]:
         """The schemas by overload; csrc registers its kernels on its own when its library is loaded."""
-        compiled = self.schema if self.csrc_schema == "the same" else self.csrc_schema
+        compiled = self.schema if self.csrc_schema == _SAME else self.csrc_schema
         return {"": self.schema} | ({} if compiled is None else {".csrc": compiled})
 
 
@@ -66,7 +69,7 @@ OPS = {
         "int[] rounding_keys, Tensor[] lrs, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? grad_norm=None) "
         "-> ()",
         check=Update.check,
-        takes=lambda *args: (Update(*args[:12], scaling=Scaling(*args[12:])),),
+        takes=lambda *args: (Update(*args[:_SCALING], Scaling(*args[_SCALING:])),),
     ),
     "gather_child_": Op(  # packed: [m]; grads: of any shape; indices: int32 [m]
         "(Tensor(a!)[] packed, Tensor[] grads, Tensor[] indices, bool add) -> ()",

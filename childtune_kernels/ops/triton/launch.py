@@ -24,30 +24,26 @@ INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 OPTIONS = {"enable_fp_fusion": False}
 
 
-class Rows(NamedTuple):
-    """The tensors first_row .. first_row + n_tensors - 1 of a table, which one launch serves."""
-
-    dtypes: tuple[torch.dtype | None, ...]
-    first_row: int
-    n_blocks: int
-    first_block: Tensor  # int32 [n_tensors + 1]: blocks before each tensor
-    coarse: Tensor  # int32: the tensor of every 2**coarse_shift-th block
-    coarse_shift: int
-
-
-class BlockMap(NamedTuple):
-    """Which program works on which block of a list of tensors, sorted by dtypes; no ``order`` where it already was."""
-
-    order: list[int] | None
-    launches: tuple[Rows, ...]
-
-
 class Launch(NamedTuple):
-    """One launch: the dtypes of its tensors, its programs, and the first arguments of its kernel by name."""
+    """One launch, of all tensors of one combination of dtypes: its programs, and arguments of its kernel by name.
+
+    Attributes:
+        dtypes: of each tensor and of what goes with it.
+        n_blocks: programs, one a block.
+        tables: ``first_row``: where the launch's tensors begin in the table; ``first_block``: int32 [tensors + 1],
+            blocks before each tensor; ``coarse``: int32, the tensor of every 2**``coarse_shift``-th block.
+    """
 
     dtypes: tuple[torch.dtype | None, ...]
     n_blocks: int
     tables: dict[str, Any]
+
+
+class BlockMap(NamedTuple):
+    """Which program works on which block of a list of tensors, sorted by dtypes: no ``order`` where it already was."""
+
+    order: list[int] | None
+    launches: tuple[Launch, ...]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -70,7 +66,8 @@ def map_blocks(
             shift = max(0, (n_blocks - 1).bit_length() - _COARSE_ENTRIES.bit_length() + 1)
             coarse = np.searchsorted(first_block, np.arange(0, n_blocks, 1 << shift), side="right") - 1
             index = [torch.from_numpy(a.astype(np.int32)).to(device) for a in (first_block, coarse)]
-            launches.append(Rows(dtype, first_row, n_blocks, *index, shift))
+            tables = dict(first_row=first_row, first_block=index[0], coarse=index[1], coarse_shift=shift)
+            launches.append(Launch(dtype, n_blocks, tables))
         first_row += len(rows)
     return BlockMap(None if order == list(range(len(numels))) else order, tuple(launches))
 
@@ -95,7 +92,7 @@ def upload(table: np.ndarray, device: torch.device) -> Tensor:
 
 
 def over(device: torch.device, blocks: BlockMap, fields: Sequence[np.ndarray]) -> tuple[Tensor, list[Launch]]:
-    """Upload a table and return it with the launches over it.
+    """Upload a table and return it with the launches over it, whose arguments have the table too.
 
     Args:
         device: of the tensors.
@@ -104,21 +101,8 @@ def over(device: torch.device, blocks: BlockMap, fields: Sequence[np.ndarray]) -
     """
     host = np.stack(fields)
     table = upload(host if blocks.order is None else host[:, blocks.order], device)
-    return table, [
-        Launch(
-            rows.dtypes,
-            rows.n_blocks,
-            dict(
-                table=table,
-                first_block=rows.first_block,
-                coarse=rows.coarse,
-                coarse_shift=rows.coarse_shift,
-                first_row=rows.first_row,
-                n=host.shape[1],
-            ),
-        )
-        for rows in blocks.launches
-    ]
+    own = dict(table=table, n=host.shape[1])
+    return table, [launch._replace(tables=own | launch.tables) for launch in blocks.launches]
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:
