@@ -7,8 +7,9 @@ parameter stands in another place than the rule is for.
 from __future__ import annotations
 
 import functools
+import inspect
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -229,7 +230,7 @@ def _expand(tape: Tape, func: Callable, param: Tensor, *sizes: Any):
 _SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
 _PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 
-HANDLERS = {
+_HANDLERS = {
     F.linear: _linear,
     torch.addmm: _addmm,
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
@@ -242,3 +243,17 @@ HANDLERS = {
     **dict.fromkeys(_SUMS + _PRODUCTS, _broadcast),
     Tensor.expand: _expand,
 }
+
+
+def handler_of(func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable | None:
+    """Return the handler of a call; None where no rule is for the function, or for this form of calling it."""
+    if (handler := _HANDLERS.get(func)) is None:
+        return None
+    try:
+        _signature(handler).bind(None, func, *args, **kwargs)
+    except TypeError:  # as torch.mm(x, mat2=w): arguments by names, or of overloads, that the handler does not know
+        return None
+    return handler
+
+
+_signature = functools.cache(inspect.signature)

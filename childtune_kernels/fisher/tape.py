@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from . import owners, rules
-from .handlers import HANDLERS
+from .handlers import handler_of
 from .rules import Use
 
 # (name, which use of it) -> the dimensions of (input, output) that go over examples; -1: none does
@@ -101,7 +101,7 @@ class Tape(TorchFunctionMode):
         if not used:
             return func(*args, **kwargs)
         inside = not forward_ad._is_fwd_grad_enabled()  # in an autograd function's forward, not under mere no_grad
-        handler = None if inside else HANDLERS.get(func)
+        handler = None if inside else handler_of(func, args, kwargs)
         if handler is not None and any(map(self.active, used)):
             result = handler(self, func, *args, **kwargs)
             if result is not NotImplemented:
