@@ -604,3 +604,126 @@ def test_the_masks_digest_is_compared(tmp_path):
     files.write(path, "childtune_kernels.ChildDelta", "2", {**about, "mask": "0" * 32}, envelope.tensors)
     with pytest.raises(ValueError, match="mask must be the one that was written"):
         ChildDelta.load(path)
+
+
+# ---- to the letter and to the byte ----------------------------------------------------------------------------------
+
+
+def several():
+    """A delta of values, of whole tensors, of a tie, and of new tensors that are and are not others."""
+    base, tuned = tied()
+    tuned["new"] = torch.ones(2, 3, dtype=torch.bfloat16)
+    tuned["twin"] = tuned["norm.weight"]
+    delta = ChildDelta.from_models(base, tuned)
+    assert set(delta.values) == {"embed.weight"} and set(delta.dense) == {"norm.bias", "new"}
+    assert delta.aliases == {"head.weight": "embed.weight", "twin": "norm.weight"}
+    return base, tuned, delta
+
+
+def test_a_description_and_the_sizes():
+    base, _, delta = several()
+    size = sum(tensor.nbytes for tensor in base.values())
+    words = 2 * 4  # one bit for each of 36 elements
+    nbytes = words + 4 + 4 * 4 + 6 * 2
+    assert (delta.nbytes, delta.base_nbytes) == (nbytes, size)
+    assert repr(delta) == (
+        "ChildDelta(1 values in 1 tensors, 2 whole tensors of 10, 1 of them new; "
+        f"{nbytes:,} bytes, {nbytes / size:.1%} of the base; base {delta.base})"
+    )
+    nothing = ChildDelta.from_models({}, {"new": torch.ones(1000)})
+    assert "1 whole tensors of 1,000, 1 of them new; 4,000 bytes, 0.0% of the base; base" in repr(nothing)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.uint8], ids=str)
+def test_a_tensor_is_kept_whole_where_that_takes_no_more(dtype):
+    """One bit an element and the changed values, against all values."""
+    size, numel = dtype.itemsize, 64
+    limit = numel - numel // (8 * size)  # changed values and bits take as much as all values
+    for count, whole in ((0, False), (1, False), (limit - 1, False), (limit, True), (numel, True)):
+        base = {"w": torch.zeros(numel, dtype=dtype)}
+        tuned = {"w": torch.zeros(numel, dtype=dtype)}
+        tuned["w"][:count] = 1
+        delta = ChildDelta.from_models(base, tuned)
+        assert ("w" in delta.dense, "w" in delta.values) == (whole, 0 < count and not whole), count
+        assert delta.nbytes == (0 if not count else numel * size if whole else numel // 8 + count * size)
+
+
+@pytest.mark.parametrize("name", ["embed.weight", "head.weight", "norm.bias", "new", "twin"])
+@pytest.mark.parametrize("damage", ["gone", "shape", "dtype", "number of elements"])
+def test_reverting_refuses_a_target_of_another_form(name, damage):
+    """A tensor of each kind is missing, or has other sizes or another dtype of as many bits."""
+    base, tuned, delta = several()
+    target = copied(tuned)
+    if damage == "gone":
+        del target[name]
+    elif damage == "shape":
+        target[name] = target[name][None]
+    elif damage == "dtype":
+        target[name] = target[name].view(INT_OF[target[name].element_size()])
+    else:
+        target[name] = target[name][:1].clone()
+    before = copied(target)
+    with pytest.raises(ValueError, match=f"target's '{name}' must be .*, got "):
+        delta.revert_(target, base)
+    assert equal(target, before)
+
+
+NAMES = ("a/b/w", "/", "values/x", "mask/dense/values", "/mask", "", " ", 'é"\\\n😀', "w" * 5000)
+
+
+def test_names_of_any_kind_survive_a_file(tmp_path):
+    """In part changed, whole and new: the kinds of a file's tensors are told by a prefix of their names."""
+    base = {name: torch.arange(100.0) + i for i, name in enumerate(NAMES)}
+    tuned = copied(base)
+    for i, name in enumerate(NAMES):
+        tuned[name][3 if i % 2 else slice(None)] = -1
+    tuned |= {f"new/{name}": torch.ones(2) for name in NAMES}
+    ChildDelta.from_models(base, tuned).save(tmp_path / "d")
+    target = copied(base)
+    delta = ChildDelta.load(tmp_path / "d")
+    delta.apply_(target)
+    assert equal(target, tuned)
+    delta.revert_(target, base)
+    assert equal(target, base)
+
+
+def test_memory_that_only_touches_or_is_not_written():
+    base = {"a": torch.arange(8.0), "b": torch.arange(8.0, 16.0), "c": torch.full((5,), 3.0)}
+    tuned = copied(base)
+    tuned["a"][7], tuned["b"][0] = -1, -2
+    memory = torch.arange(16.0)
+    target = {"a": memory[:8], "b": memory[8:], "c": torch.tensor(3.0).expand(5)}
+    delta = ChildDelta.from_models(base, tuned)
+    delta.apply_(target)
+    assert equal(target, tuned)
+    delta.revert_(target, base)
+    assert equal(target, base) and memory.equal(torch.arange(16.0))
+
+
+@pytest.mark.parametrize("changed_name", ["whole", "first", "last"])
+def test_memory_inside_memory_is_refused_wherever_it_lies(changed_name):
+    """A long tensor reaches over the next ones in memory: each is compared with it, not with its neighbour."""
+    memory = torch.arange(40.0)
+    target = {"whole": memory, "first": memory[1:5], "last": memory[30:34]}
+    base = copied(target)
+    tuned = copied(base)
+    tuned[changed_name][2] = -1
+    delta = ChildDelta.from_models(base, tuned)
+    with pytest.raises(ValueError, match="must be in memory of its own: they become different, got .memory of"):
+        delta.apply_(target)
+    assert memory.equal(torch.arange(40.0))
+
+
+def test_merging_counts_and_completes():
+    base = {"w": torch.arange(200.0), "v": torch.zeros(5)}
+    (low, _), (high, _) = of(base, slice(0, 120), -1.0), of(base, slice(100, 200), -1.0)
+    merged = ChildDelta.merge([low, high])
+    assert set(merged.dense) == {"w"} and not merged.values and merged.base_nbytes == low.base_nbytes == 4 * 205
+    assert merged.dense["w"].equal(torch.full((200,), -1.0))
+    three = [of(base, [1, 2, position], value)[0] for position, value in ((3, -1.0), (4, -2.0), (5, -3.0))]
+    with pytest.raises(ValueError, match=r"by tensor: \{'w': 4\}"):  # two of the second's values, two of the third's
+        ChildDelta.merge(three)
+    new = [ChildDelta.from_models(base, {**base, name: torch.ones(2)}) for name in ("y", "x")]
+    assert ChildDelta.merge(new).added == ["x", "y"]
+    with pytest.raises(ValueError, match=r"deltas must be of one base, got \["):
+        ChildDelta.merge([low, ChildDelta.from_models({"w": base["w"]}, {"w": base["w"]})])

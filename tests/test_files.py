@@ -164,6 +164,93 @@ def test_damaged_files_of_version_1_are_refused_or_harmless(kind, make, tmp_path
     assert accepted < 400
 
 
+ENTRIES = {
+    "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+    "b": {"dtype": "U8", "shape": [], "data_offsets": [24, 25]},
+}
+SAME = json.dumps(ENTRIES["b"])
+# What only the structure of a file without a digest shows, and what is said of it.
+MALFORMED = {
+    "twice": ('"b":' + SAME + ',"b":' + SAME, 25, "a header in which a name stands twice"),
+    "twice, deeper": ('"b":{"dtype":"F32",' + SAME[1:], 25, "a header in which a name stands twice"),
+    "negative": ({"b": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}, 4, r"shape \[-1, -1\] for 'b'"),
+    "a fraction": ({"b": {"dtype": "U8", "shape": [1.0], "data_offsets": [0, 1]}}, 1, r"shape \[1.0\] for 'b'"),
+    "true": ({"b": {"dtype": "U8", "shape": [True], "data_offsets": [0, 1]}}, 1, r"shape \[True\] for 'b'"),
+    "a gap": ({"b": {**ENTRIES["b"], "data_offsets": [1, 2]}}, 2, r"bytes \[1, 2\] for 'b' where 0 to 1 are expected"),
+    "overlap": (
+        {"a": ENTRIES["a"], "b": {**ENTRIES["b"], "data_offsets": [23, 24]}}, 24,
+        r"bytes \[23, 24\] for 'b' where 24 to 25 are expected",
+    ),
+    "fewer": (
+        {"a": {**ENTRIES["a"], "data_offsets": [0, 20]}}, 20, r"bytes \[0, 20\] for 'a' where 0 to 24 are expected",
+    ),
+    "more": ({"b": {**ENTRIES["b"], "data_offsets": [0, 2]}}, 2, r"bytes \[0, 2\] for 'b' where 0 to 1 are expected"),
+    "a tail": (ENTRIES, 26, "tensors of 25 bytes in a file with 26"),
+    "no tail": (ENTRIES, 24, "tensors of 25 bytes in a file with 24"),
+    "no text": ({"__metadata__": {"format": "form", "version": "1", "n": 3}}, 0, "metadata that are not text"),
+    "a newer form": ({"__metadata__": {"format": "form", "version": "2"}}, 0, "form version 2"),
+    "another form": ({"__metadata__": {"format": "other", "version": "1"}}, 0, "other version 1"),
+    "no form": ({"__metadata__": {}}, 0, "None version None"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("entries, payload, message", MALFORMED.values(), ids=MALFORMED)
+def test_malformed_files_without_a_digest_are_refused(entries, payload, message, tmp_path):
+    path, about = tmp_path / "x", {"__metadata__": {"format": "form", "version": "1"}}
+    if isinstance(entries, str):
+        entries = json.dumps(about)[:-1] + "," + entries + "}"
+    path.write_bytes(with_header(entries if isinstance(entries, str) else about | entries, bytes(payload)))
+    with pytest.raises(ValueError, match=f"x must hold form version 1, got .*{message}$"):
+        with files.reading(path, "form", ["1"]):
+            raise AssertionError("a malformed file was read")
+
+
+def test_entries_in_any_order_of_a_header(tmp_path):
+    """Tensors come in the header's order, wherever their bytes lie."""
+    about = {"__metadata__": {"format": "form", "version": "1"}}
+    payload = torch.arange(6.0).numpy().tobytes() + b"\x07"
+    (tmp_path / "x").write_bytes(with_header({"b": ENTRIES["b"]} | about | {"a": ENTRIES["a"]}, payload))
+    with files.reading(tmp_path / "x", "form", ["0", "1"]) as envelope:
+        assert list(envelope.tensors) == ["b", "a"] and envelope.version == "1"
+        assert envelope.tensors["a"].equal(torch.arange(6.0).view(2, 3)) and envelope.tensors["b"].item() == 7
+
+
+def with_metadata(path: Path, **changed: str | None) -> None:
+    """Write a file again with other metadata, and the digest that it then has."""
+    header, _ = header_of(path.read_bytes())
+    about = {k: v for k, v in {**header["__metadata__"], **changed}.items() if v is not None}
+    with files.reading(path, about["format"], [about["version"]]) as envelope:
+        tensors = envelope.tensors
+    del about["file_digest"]
+    files.write(path, about.pop("format"), about.pop("version"), about, tensors)
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"notes": "[]"}, "notes, backbone or left_out of other kinds"),
+        ({"backbone": '{"z": 1}'}, "notes, backbone or left_out of other kinds"),
+        ({"left_out": "[]"}, "notes, backbone or left_out of other kinds"),
+        ({"notes": "null"}, "notes, backbone or left_out of other kinds"),
+        ({"left_out": None}, "KeyError: 'left_out'"),
+        ({"count": "0"}, "count must be at least 1, got 0"),
+        ({"count": "-3"}, "count must be at least 1, got -3"),
+        ({"count": "7.5"}, "invalid literal"),
+        ({"backbone": '["z", "other"]'}, "backbone must name parameters in sums, got 'other'"),
+        ({name: "" for name in "hgfedcba"}, "unknown metadata: " + ", ".join(f"'{name}'" for name in "abcdefgh")),
+    ],
+    ids=str,
+)
+def test_fisher_files_of_other_metadata_are_refused(changed, message, tmp_path):
+    path = tmp_path / "x"
+    a_fisher().save(path)
+    with_metadata(path)
+    assert list(Fisher.load(path)) == list(a_fisher())
+    with_metadata(path, **changed)
+    with pytest.raises(ValueError, match=f"must hold childtune_kernels.Fisher version 1 or 2, got .*{message}"):
+        Fisher.load(path)
+
+
 # ---- files of version 1 ----------------------------------------------------------------------------------------------
 
 

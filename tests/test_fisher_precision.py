@@ -36,11 +36,11 @@ def test_of_dtypes(device):
     assert rounding([FP64, BF16, FP16, torch.int64], device) == 2**-7
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind, name, eps", [("cpu", "tf32", -10), ("cpu", "bf16", -7), ("cuda", "tf32", -10)])
 @pytest.mark.parametrize("settings", [PRODUCTS, CONVOLUTIONS], ids=["products", "convolutions"])
-def test_of_float32_products_in_fewer_bits(kind, settings):
-    settings[kind].fp32_precision = "tf32"
-    assert rounding([FP32], torch.device(kind)) == 2**-10
+def test_of_float32_products_in_fewer_bits(kind, name, eps, settings):
+    settings[kind].fp32_precision = name
+    assert rounding([FP32], torch.device(kind)) == 2**eps
     assert rounding([FP64], torch.device(kind)) == 2**-52 and rounding([BF16, FP32], torch.device(kind)) == 2**-7
     other = "cpu" if kind == "cuda" else "cuda"
     assert rounding([FP32], torch.device(other)) == 2**-23

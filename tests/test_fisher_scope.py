@@ -493,6 +493,40 @@ def test_report_says_what_is_masked_and_what_is_trained_fully():
     assert "without any information: 'b'" in blank and "trained fully: 0 tensors, 0 weights" in blank
 
 
+@pytest.mark.parametrize(
+    "rule, unit", [("exact", "1,234 examples"), ("batch", "1,234 batches"), ("released", "1,234 batches")]
+)
+def test_a_report_to_the_letter(rule, unit):
+    sums = {"body.weight": torch.full((1000, 2), 0.5), "head": torch.tensor(3000.0), "none": torch.zeros(0, 3)}
+    notes = {"body.weight": "product", "head": "one example at a time: why"}
+    fisher = Fisher(sums, 1234, rule=rule, notes=notes, backbone=["body.weight", "none"], left_out={"more": 4000})
+    assert fisher.report().split("\n") == [
+        "parameter        weights    share  part    how",
+        "body.weight        2,000   25.00%  masked  product",
+        "head                   1   75.00%  whole   one example at a time: why",
+        "none                   0    0.00%  masked  ",
+        f"rule {rule!r}, {unit}",
+        "masked in the default scope: 2 tensors, 2,000 weights, 25.00% of the information",
+        "trained fully: 2 tensors, 4,001 weights, 75.00% of the information",
+        "the largest of these: 'more (4,000)', 'head (1)'",
+        "of these not estimated: 'more (4,000)'",
+    ]
+    nothing = Fisher({"a": torch.zeros(3), "b": torch.zeros(2, 2)}, 1, rule=rule).report().split("\n")
+    assert [line.split()[1:3] for line in nothing[1:3]] == [["3", "0.00%"], ["4", "0.00%"]]
+    assert nothing[-1] == "without any information: 'a', 'b'"
+
+
+def test_values_are_means_over_what_was_counted():
+    sums = {"a": torch.tensor([3.0, 6.0]), "b": torch.tensor([[9.0]]).double()}
+    fisher = Fisher(sums, 3)
+    assert fisher["a"].equal(torch.tensor([1.0, 2.0])) and len(fisher) == 2 and list(fisher) == ["a", "b"]
+    assert {name: value.tolist() for name, value in fisher.items()} == {"a": [1.0, 2.0], "b": [[3.0]]}
+    assert fisher.scores("all")["b"].dtype == torch.float32 and fisher["b"].dtype == torch.float64
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"count must be at least 1, got {count}"):
+            Fisher(sums, count)
+
+
 def test_scope_errors_say_what_names_look_like():
     model, batches = models.build("gpt2"), [models.batch("gpt2", 3, 5)]
     fisher = estimate_fisher(model, batches, causal_lm_loss)
@@ -561,11 +595,12 @@ batch = {"x": torch.randn(4, 3), "labels": torch.arange(4) % 2}
 loss = lambda m, b: nn.functional.cross_entropy(m(b["x"]), b["labels"], reduction="none")
 net = lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
 two, part, one, flat = net(), net(), net(), net()
+FSDP = "model must be a model before FullyShardedDataParallel wraps it: estimate first, shard then, got ["
 fully_shard(two, mesh=mesh)
 fully_shard(part[1], mesh=mesh)
 one = FullyShardedDataParallel(one, device_id=torch.device("cpu"), use_orig_params=True)
 flat = nn.Sequential(FullyShardedDataParallel(flat, device_id=torch.device("cpu")))
-for model, words in ((two, "0.weight: DTensor"), (part, "1.weight: DTensor"), (one, "before Fully"), (flat, "'0'")):
+for model, words in ((two, "0.weight: DTensor"), (part, "1.weight: DTensor"), (one, FSDP), (flat, "got ['0']")):
     for rule in ("exact", "batch", "released"):
         try:
             estimate_fisher(model, [batch], loss, rule=rule)
