@@ -1,9 +1,8 @@
-"""The benchmark command: what it records, when it refuses, and that README's tables are those of the files."""
+"""The benchmark command: what it records, and when it refuses."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from childtune_kernels import ops
 from childtune_kernels.cli import bench, main
 from childtune_kernels.measure import results, shapes
 
-ROOT = Path(__file__).resolve().parent.parent
 CALL = ["bench", "--device", "cpu", "--model", "bert-layer", "--rounds", "2", "--repeats", "2"]
 
 

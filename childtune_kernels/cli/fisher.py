@@ -7,13 +7,16 @@ import importlib.util
 import random
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
 
 from .. import estimate_fisher
-from ..fisher.estimate import LABELS, RULES
+from ..fisher.estimate import RULES
+from ..fisher.losses import LABELS
 from .checkpoint import HEADS, LENGTH, batches, length_for, load, try_texts
 from .inputs import Results, device, output_file, quiet_transformers, require_apart, require_packages, share, whole
 from .task import check_labels, head_of, read_task
@@ -146,8 +149,8 @@ def _refuse_what_sees_the_future(args: argparse.Namespace) -> None:
     warnings.warn("this model sees the tokens that it is asked to predict", stacklevel=2)
 
 
-def _autocast(loss, device: str):
-    def under_autocast(model, batch, **options):
+def _autocast(loss: Callable[..., torch.Tensor], device: str) -> Callable[..., torch.Tensor]:
+    def under_autocast(model: torch.nn.Module, batch: Any, **options: Any) -> torch.Tensor:
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             return loss(model, batch, **options)
 

@@ -80,5 +80,5 @@ def shapes_of(args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
     return {name: tuple(param.shape) for name, param in model.named_parameters()}
 
 
-def _is_shape(value) -> bool:
+def _is_shape(value: object) -> bool:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)

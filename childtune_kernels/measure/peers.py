@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Bernoulli
 
 from .. import ChildAdamW, ChildMask, Fisher
+
+Factory = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 _ROWS, _COLUMNS = 2.0, 0.3  # spreads of clustered_masks
 _D_ROWS = {
@@ -24,12 +28,22 @@ class EagerChildAdamW(torch.optim.Optimizer):
     eps is added to sqrt(v) before bias correction, weights decay last, gradients are masked in place.
     """
 
-    def __init__(self, params, lr=2e-5, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.01, *, reserve_p=1.0, masks=None):
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 2e-5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        *,
+        reserve_p: float = 1.0,
+        masks: dict[Tensor, Tensor] | None = None,
+    ):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, reserve_p=reserve_p))
         self.masks = masks or {}
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -56,12 +70,12 @@ class EagerChildAdamW(torch.optim.Optimizer):
 class BernoulliThenFused(torch.optim.AdamW):
     """What F costs with torch's own parts: draw a mask, multiply, fused AdamW."""
 
-    def __init__(self, params, lr=2e-5, weight_decay=0.01, *, reserve_p):
+    def __init__(self, params: Iterable[Tensor], lr: float = 2e-5, weight_decay: float = 0.01, *, reserve_p: float):
         super().__init__(params, lr=lr, weight_decay=weight_decay, fused=True)
         self.reserve_p = reserve_p
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         for group in self.param_groups:
             for p in group["params"]:
                 p.grad.mul_(torch.bernoulli(torch.full_like(p.grad, self.reserve_p))).div_(self.reserve_p)
@@ -94,20 +108,20 @@ def touched_groups(mask: ChildMask) -> float:
     return sum(int(g.sum()) for g in groups) / sum(g.numel() for g in groups)
 
 
-def compiled_adamw(params: list[Tensor]):
+def compiled_adamw(params: list[Tensor]) -> torch.optim.Optimizer:
     """torch.optim.AdamW with its step compiled, as torch's own tutorial does; a tensor lr avoids recompilation."""
     optimizer = torch.optim.AdamW(params, lr=torch.tensor(2e-5), weight_decay=0.01, capturable=params[0].is_cuda)
     optimizer.step = torch.compile(optimizer.step, fullgraph=False)
     return optimizer
 
 
-def contenders(impls: list[str], one_group_each: bool = False) -> dict:
+def contenders(impls: list[str], one_group_each: bool = False) -> dict[str, tuple[str, Factory]]:
     """Return name -> (rule, factory); a factory takes the parameters and returns an optimizer."""
 
-    def groups(params):
+    def groups(params: list[Tensor]) -> list[Any]:
         return [{"params": [p]} for p in params] if one_group_each else params
 
-    def ours(impl, **options):
+    def ours(impl: str, **options: Any) -> Factory:
         return lambda ps: ChildAdamW(groups(ps), lr=2e-5, weight_decay=0.01, impl=impl, **options)
 
     rows = {

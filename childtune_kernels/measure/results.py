@@ -17,7 +17,7 @@ import torch
 from .. import ChildAdamW
 from ..files import replacing
 from . import timing
-from .peers import touched_groups
+from .peers import Factory, touched_groups
 
 # A column's title -> its key in `summary`; columns that a device does not have are left out.
 COLUMNS = {"host ms": "host", "device ms": "device", "busy ms": "busy", "of copy": "share", "launches": "launches"}
@@ -47,7 +47,7 @@ def commit() -> str:
 
 def measure_step(
     rule: str,
-    factory: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
+    factory: Factory,
     shapes: Sequence[tuple[int, ...]],
     device: torch.device,
     dtype: torch.dtype,

@@ -7,8 +7,11 @@ import shutil
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 
 import torch
+
+Step = Callable[[], object]
 
 
 def synchronize(device: torch.device) -> None:
@@ -17,13 +20,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def step_and_wait(step, device: torch.device) -> None:
+def step_and_wait(step: Step, device: torch.device) -> None:
     """Take one step and wait until the device has done it."""
     step()
     synchronize(device)
 
 
-def time_steps(step, device: torch.device, repeats: int, warmup: int = 3) -> dict[str, float]:
+def time_steps(step: Step, device: torch.device, repeats: int, warmup: int = 3) -> dict[str, float]:
     """Time ``step()``.
 
     Returns:
@@ -47,7 +50,7 @@ def time_steps(step, device: torch.device, repeats: int, warmup: int = 3) -> dic
     return times
 
 
-def _queued(step, count: int = 10) -> tuple[float, float]:
+def _queued(step: Step, count: int = 10) -> tuple[float, float]:
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     host = []
     torch.cuda.synchronize()
@@ -72,7 +75,7 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / (times.get("device", times["step"]) / 1e3)
 
 
-def kernels_of(step, device: torch.device, steps: int = 10) -> dict[str, float]:
+def kernels_of(step: Step, device: torch.device, steps: int = 10) -> dict[str, float]:
     """Return how many kernels one step launches, copies not counted, and the milliseconds that they run; {} on a CPU.
 
     Kernels that take less time than their launch leave gaps between each other. ``busy`` does not count these.
@@ -88,7 +91,7 @@ def kernels_of(step, device: torch.device, steps: int = 10) -> dict[str, float]:
     return {"launches": len(busy) // steps, "busy": sum(busy) / steps / 1e3}
 
 
-def extra_memory(step, device: torch.device) -> int | None:
+def extra_memory(step: Step, device: torch.device) -> int | None:
     """Return the bytes that one step allocates beyond what it found, or None on a CPU."""
     if device.type != "cuda":
         return None
@@ -100,7 +103,7 @@ def extra_memory(step, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def count_recompilations(step, device: torch.device, steps: int = 40) -> int | None:
+def count_recompilations(step: Step, device: torch.device, steps: int = 40) -> int | None:
     """Return how many kernels Triton compiles during ``steps`` steps after those already taken; None on a CPU."""
     if device.type != "cuda":
         return None
