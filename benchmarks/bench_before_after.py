@@ -1,7 +1,7 @@
 """Time of step() in two checkouts, in turns: `python benchmarks/bench_before_after.py BEFORE AFTER RESULT.json`.
 
-BEFORE and AFTER are folders that hold a checkout each, built where csrc matters. Every round runs one process of each,
-so that a noisy host is noisy for both; ratios are of the same round. BERT-large's 393 tensors, Triton.
+BEFORE and AFTER are folders that hold a checkout each, csrc built. Every round runs one process of each,
+so that a noisy host is noisy for both; ratios are of the same round. BERT-large's 393 tensors.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ ROWS = {  # name -> dtype of the weights, options
     "F bf16 kahan": ("bfloat16", dict(reserve_p=0.3, low_precision="kahan")),
     "D bf16 master": ("bfloat16", dict(mask=0.1)),
     "plain bf16 nearest": ("bfloat16", dict(low_precision="nearest")),
+    "plain fp32, csrc": ("float32", dict(impl="csrc")),
+    "D fp32, csrc": ("float32", dict(mask=0.1, impl="csrc")),
 }
 
 
@@ -45,7 +47,7 @@ def measure() -> dict[str, dict[str, float]]:
         options = {**options, "mask": mask} if "mask" in options else options
         new = dict(device="cuda", dtype=getattr(torch, dtype))
         named = [(n, torch.nn.Parameter(torch.empty(shape, **new).normal_(std=0.02))) for n, shape in shapes.items()]
-        optimizer = ChildAdamW(named, lr=1e-5, impl="triton", **options)
+        optimizer = ChildAdamW(named, **{"lr": 1e-5, "impl": "triton", **options})
         for _, param in named:
             param.grad = torch.empty_like(param).normal_(std=1e-3)
         for _ in range(5):
