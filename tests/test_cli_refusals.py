@@ -387,7 +387,7 @@ IMPORTING = (
 MOMENTS = {
     "before torch": IMPORTING.format("torch"),
     "inside of torch": IMPORTING.format("torch.nn"),
-    "after torch": IMPORTING.format("childtune_kernels.cli._timing"),
+    "after torch": IMPORTING.format("childtune_kernels.measure.timing"),
     "at work": STAY + "import torch\ntorch.Tensor.backward = stay\n",
 }
 
