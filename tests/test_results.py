@@ -92,10 +92,10 @@ def test_a_script_for_a_gpu_refuses_to_run_without(monkeypatch, tmp_path, capsys
 
 @pytest.mark.parametrize("options", [{}, {"pack_gradients": True, "max_grad_norm": float("inf")}], ids=["", "packed"])
 def test_the_row_of_a_child_says_what_its_state_takes(options, one_thread):
-    shapes, made = [(40, 30), (50,)], []
+    shapes, made = [(40, 30), (50,), (2,)], []
 
     def factory(params):
-        mask = ChildMask.from_dense({str(i): torch.rand(p.shape) < 0.5 for i, p in enumerate(params)})
+        mask = ChildMask.from_dense({str(i): torch.rand(p.shape) < 0.5 * (i < 2) for i, p in enumerate(params)})
         made.append((ChildAdamW(params, mask=mask, **options), params))
         return made[0][0]
 
@@ -105,7 +105,18 @@ def test_the_row_of_a_child_says_what_its_state_takes(options, one_thread):
     assert row["state_bytes"] == held + 4 * optimizer.mask.count()  # moments, step counters, and an index a weight
     assert row["touched"] > 0.9 and "bytes" not in row
     assert all((p.grad is None) == bool(options) for p in params)  # a packed gradient has gone through its hook
+    assert {int(optimizer.state[p]["step"]) for p in params} == {3 + 2 + 1}  # warm-up, timed, checked
     assert 0 < row["step_min"] <= row["step"] <= row["step_max"]
+
+
+def test_a_step_that_does_nothing_is_not_timed():
+    class Idle(torch.optim.SGD):
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                self.state[p].setdefault("step", 1)
+
+    with pytest.raises(RuntimeError, match="must update all 2 parameters, got one without 2"):
+        results.measure_step("none", Idle, [(3,), (4,)], torch.device("cpu"), torch.float32, 1)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

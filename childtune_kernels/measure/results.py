@@ -53,26 +53,55 @@ def measure_step(
     dtype: torch.dtype,
     repeats: int,
 ) -> dict:
-    """Build the parameters and one optimizer, time its step, and free them; rule and factory as in `contenders`."""
+    """Build the parameters and one optimizer, and time its step; rule and factory as in `contenders`."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of what the last one held
     params = [torch.nn.Parameter(torch.randn(shape, device=device, dtype=dtype)) for shape in shapes]
     optimizer = factory(params)
     for p in params:
         p.backward(torch.randn_like(p))  # so that hooks see it, where gradients are packed
-    result = timing.time_steps(optimizer.step, device, repeats)
-    result |= timing.kernels_of(optimizer.step, device)
-    result["extra_bytes"] = timing.extra_memory(optimizer.step, device)
+    refill = _refill(optimizer)
+
+    def step() -> None:
+        refill()
+        optimizer.step()
+
+    result = timing.time_steps(optimizer.step, device, repeats, before=refill)
+    result |= timing.kernels_of(step, device)
+    result["extra_bytes"] = timing.extra_memory(step, device)
+    _require_steps(step, optimizer, params)
     if isinstance(optimizer, ChildAdamW):
-        result["recompilations"] = timing.count_recompilations(optimizer.step, device)
+        result["recompilations"] = timing.count_recompilations(step, device)
         if optimizer.mask is not None:
             result["touched"] = touched_groups(optimizer.mask)
             result["state_bytes"] = optimizer.memory().state
     if rule != "D":  # what the step must move: weights and moments read and written, gradients read
         moments = optimizer.state[params[0]]["exp_avg"].element_size()
         result["bytes"] = sum(p.numel() for p in params) * (3 * params[0].element_size() + 4 * moments)
-    del optimizer, params
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     return result
+
+
+def _refill(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Return what gives an optimizer back the packed gradients that a step has used up; others stay in p.grad."""
+    if not (isinstance(optimizer, ChildAdamW) and optimizer.config.pack_gradients):
+        return lambda: None
+    optimizer.hooks.pack()
+    packed = [(hook, hook.grad) for hook in optimizer.hooks.hooks.values()]
+
+    def refill() -> None:
+        for hook, grad in packed:
+            hook.grad = grad
+
+    return refill
+
+
+def _require_steps(step: Callable[[], None], optimizer: torch.optim.Optimizer, params: list[torch.Tensor]) -> None:
+    """Refuse to have timed a step that passes parameters by, as one without gradients does."""
+    taken = [int(optimizer.state[p]["step"]) for p in params]
+    step()
+    passed = sum(int(optimizer.state[p]["step"]) != t + 1 for p, t in zip(params, taken, strict=True))
+    if passed:
+        raise RuntimeError(f"a step that is timed must update all {len(params)} parameters, got one without {passed}")
 
 
 def summary(report: dict) -> dict[str, dict]:

@@ -26,8 +26,17 @@ def step_and_wait(step: Step, device: torch.device) -> None:
     synchronize(device)
 
 
-def time_steps(step: Step, device: torch.device, repeats: int, warmup: int = 3) -> dict[str, float]:
+def time_steps(
+    step: Step, device: torch.device, repeats: int, warmup: int = 3, before: Step = lambda: None
+) -> dict[str, float]:
     """Time ``step()``.
+
+    Args:
+        step: what is timed.
+        device: where it works.
+        repeats: how many steps are timed one by one.
+        warmup: how many are taken first.
+        before: called before each step, and no part of its time; it must leave the device alone.
 
     Returns:
         milliseconds: ``step``, ``step_min``, ``step_max``: from the call until the device is done, one step at a
@@ -35,29 +44,33 @@ def time_steps(step: Step, device: torch.device, repeats: int, warmup: int = 3) 
         that the device limits, ``host``: until the call returns, median, and ``device``: from event to event.
     """
     for _ in range(warmup):
+        before()
         step()
     wall = []
     for _ in range(repeats):
+        before()
         synchronize(device)
         start = time.perf_counter()
         step_and_wait(step, device)
         wall.append(time.perf_counter() - start)
     times = {"step_min": min(wall) * 1e3, "step": statistics.median(wall) * 1e3, "step_max": max(wall) * 1e3}
     if device.type == "cuda":
-        queued = [_queued(step) for _ in range(5)]
+        queued = [_queued(step, before) for _ in range(5)]
         times["host"] = statistics.median(host for host, _ in queued)
         times["device"] = statistics.median(busy for _, busy in queued)
     return times
 
 
-def _queued(step: Step, count: int = 10) -> tuple[float, float]:
+def _queued(step: Step, before: Step, count: int = 10) -> tuple[float, float]:
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     host = []
     torch.cuda.synchronize()
     for _ in range(3):  # a head start for the host: the clock then measures the device
+        before()
         step()
     begin.record()
     for _ in range(count):
+        before()
         start = time.perf_counter()
         step()
         host.append(time.perf_counter() - start)
