@@ -188,9 +188,8 @@ def test_score_histogram(dtype, threads):
 @pytest.mark.parametrize("capability", ("portable", "avx2"))
 def test_every_instruction_set(capability):
     """The widest set runs in this process; the others, chosen when the library first needs one, in their own."""
-    tests = ["tests/test_csrc.py", "tests/test_ops.py"]
-    mine = "equal_reference or dtypes_of_moments or of_few_words or bernoulli_bits or (csrc-cpu and bits)"
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *tests, "-k", mine]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, f"{ROOT}/tests/test_ops.py"]
+    command += ["-k", "csrc-cpu or (test_csrc.py and not instruction_set and not cuda_sources)"]
     environment = os.environ | {"CHILDTUNE_CPU_CAPABILITY": capability, "CHILDTUNE_REQUIRE_CSRC": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-3000:]
