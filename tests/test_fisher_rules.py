@@ -257,6 +257,15 @@ def test_embeddings_without_a_rule():
 
 
 def test_a_use_that_is_not_seen():
+    def hidden(x, w):
+        with torch._C.DisableTorchFunction():
+            return x * w
+
+    notes = {"w": "one example at a time: used where its calls are not seen"}
+    assert_notes(hidden, {"w": (WIDTH,)}, batch_of(POSITIONS, WIDTH), notes)
+
+
+def test_a_use_inside_an_autograd_function():
     class Hidden(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, w):
@@ -268,7 +277,7 @@ def test_a_use_that_is_not_seen():
             x, w = ctx.saved_tensors
             return grad * w, (grad * x).sum((0, 1))
 
-    notes = {"w": "one example at a time: used where its calls are not seen"}
+    notes = {"w": "one example at a time: used inside an autograd function, which may differentiate it itself"}
     assert_notes(Hidden.apply, {"w": (WIDTH,)}, batch_of(POSITIONS, WIDTH), notes)
 
 
