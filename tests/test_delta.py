@@ -714,6 +714,19 @@ def test_memory_inside_memory_is_refused_wherever_it_lies(changed_name):
     assert memory.equal(torch.arange(40.0))
 
 
+def test_reverting_refuses_memory_that_becomes_different():
+    """Two tensors that became equal lie in one place; what leaves with the revert may lie anywhere."""
+    base = {"a": torch.arange(8.0), "b": torch.arange(8.0) + 1}
+    ones = torch.ones(8)
+    delta = ChildDelta.from_models(base, {"a": torch.ones(8), "b": torch.ones(8), "new": torch.ones(8)})
+    with pytest.raises(ValueError, match="target's 'b' must be in memory of its own: they become different"):
+        delta.revert_({"a": ones, "b": ones, "new": torch.ones(8)}, base)
+    assert ones.eq(1).all()
+    target = {"a": ones, "b": torch.ones(8), "new": ones}
+    delta.revert_(target, base)
+    assert equal(target, base)
+
+
 def test_merging_counts_and_completes():
     base = {"w": torch.arange(200.0), "v": torch.zeros(5)}
     (low, _), (high, _) = of(base, slice(0, 120), -1.0), of(base, slice(100, 200), -1.0)

@@ -416,6 +416,13 @@ def test_errors_leave_the_old_file_and_nothing_else(tmp_path):
         put(tmp_path / "absent" / "x")
 
 
+def test_an_error_is_not_hidden_by_what_cannot_be_removed(tmp_path):
+    with pytest.raises(KeyError, match="mine"), replacing(tmp_path / "x") as partial:
+        partial.parent.rmdir()
+        raise KeyError("mine")
+    assert not os.listdir(tmp_path)
+
+
 def test_saves_within_one_another_do_not_meet(tmp_path):
     with replacing(tmp_path / "x") as first:
         first.write_text("first")

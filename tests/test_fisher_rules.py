@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from test_fisher import alone, assert_same, one_by_one
 from torch import Tensor, nn
 
 from childtune_kernels.fisher import estimate_fisher, rules
+from childtune_kernels.fisher.exact import Captured, Exact, Losses, square_into
 
 EXAMPLES, POSITIONS, WIDTH = 3, 4, 6
 
@@ -55,6 +58,8 @@ RULED = {
     "linear with bias": (F.linear, W | B, LINEAR),
     "linear by keyword": (lambda x, w, b: F.linear(x, weight=w, bias=b), W | B, LINEAR),
     "linear by keywords": (lambda x, w: F.linear(input=x, weight=w), W, PRODUCT),
+    "linear of every other": (lambda x, w: F.linear(x[..., ::2], w), {"w": (5, 3)}, PRODUCT),
+    "linear of one": (lambda x, w: F.linear(x[..., 3:4], w), {"w": (5, 1)}, PRODUCT),
     "torch.matmul": (torch.matmul, TURNED, PRODUCT),
     "matmul by keyword": (lambda x, w: torch.matmul(x, other=w), TURNED, PRODUCT),
     "Tensor.matmul": (lambda x, w: x.matmul(w), TURNED, PRODUCT),
@@ -374,6 +379,133 @@ def test_a_parameter_without_gradient_in_some_batches_keeps_its_rule(off):
     assert fisher.notes == {f"{layer}.{part}": rule for layer in ("inner", "last")
                             for part, rule in (("weight", "product"), ("bias", "bias"))}  # fmt: skip
     assert_same(fisher, one_by_one(model, batches, loss))
+
+
+def test_a_part_without_gradient_has_no_information():
+    class Frozen(Switched):
+        def forward(self, x, off):
+            with torch.no_grad():
+                y = self.inner(x)
+            return self.last(y)
+
+    def loss(model, batch):
+        return model(batch["x"], False).square().sum(1)
+
+    model = Frozen()
+    fisher = estimate_fisher(model, [batch_of(4), batch_of(4)], loss)
+    assert [fisher.notes[f"inner.{part}"] for part in ("weight", "bias")] == ["no gradient"] * 2
+    assert_same(fisher, one_by_one(model, [batch_of(4)] * 2, loss))
+
+
+@pytest.mark.parametrize("times", [[1, 2], [2, 1]], ids=str)
+def test_a_use_that_the_first_batch_does_not_have(times):
+    """More uses than the first batch has no one knows the shapes of; fewer are all right."""
+
+    class Repeated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.last = nn.Linear(4, 4).double(), nn.Linear(4, 2).double()
+
+        def forward(self, x, times):
+            for _ in range(times):
+                x = self.inner(x).tanh()
+            return self.last(x)
+
+    def loss(model, batch):
+        return model(batch["x"], batch["times"]).square().sum(1)
+
+    model, batches = Repeated(), [batch_of(4) | {"times": count} for count in times]
+    fisher = estimate_fisher(model, batches, loss)
+    left = "one example at a time: used by this batch in another way than by the first"
+    inner = [left, left] if times == [1, 2] else ["product", "bias"]
+    assert [fisher.notes[f"inner.{part}"] for part in ("weight", "bias")] == inner
+    assert fisher.notes["last.weight"] == "product" and fisher.notes["last.bias"] == "bias"
+    assert_same(fisher, one_by_one(model, batches, loss))
+
+
+def test_a_bias_that_a_batch_uses_once_more_than_the_first():
+    """A call of which only one parameter is known this way leaves both to single examples."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4).double()
+
+        def forward(self, x, more):
+            return self.layer(x + self.layer.bias if more else x)
+
+    def loss(model, batch):
+        return model(batch["x"], batch["more"]).square().sum(1)
+
+    model, batches = Shared(), [batch_of(4) | {"more": more} for more in (False, True)]
+    fisher = estimate_fisher(model, batches, loss)
+    left = "one example at a time: used by this batch in another way than by the first"
+    assert fisher.notes == {"layer.weight": left, "layer.bias": left}
+    assert_same(fisher, one_by_one(model, batches, loss))
+
+
+class Positions(nn.Module):
+    """One row of position ids for all examples, whose embedding is repeated by broadcasting or by the model itself."""
+
+    def __init__(self, repeated: bool):
+        super().__init__()
+        self.table, self.last = nn.Embedding(POSITIONS, WIDTH).double(), nn.Linear(WIDTH, 3).double()
+        self.repeated = repeated
+
+    def forward(self, x):
+        rows = self.table(torch.arange(x.shape[1])[None])
+        return self.last((x + (rows.repeat(len(x), 1, 1) if self.repeated else rows)).tanh()).mean(1)
+
+
+@pytest.mark.parametrize("labels", ["true", "sampled", "predicted"])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_inputs_shared_by_the_batch_whatever_the_labels(repeated, labels):
+    """What decides about rules goes by the true labels: drawn anew, losses would differ from one look to the next."""
+
+    def loss(model, batch, labels="true"):
+        logits = model(batch["x"])
+        drawn = torch.randint(0, 3, (len(logits),)) if labels == "sampled" else logits.argmin(1)
+        return F.cross_entropy(logits, batch["labels"].long() if labels == "true" else drawn, reduction="none")
+
+    for check in (False, True):
+        model = Positions(repeated)
+        fisher = estimate_fisher(model, [batch_of(POSITIONS, WIDTH)], loss, labels=labels, check=check)
+        alone = "one example at a time: an input shared by the batch, which the model repeats itself"
+        table = alone if repeated else "embedding"
+        assert fisher.notes == {"table.weight": table, "last.weight": "product", "last.bias": "bias"}
+
+
+# ---- sums, and what a captured pass does in an ordinary one's place -------------------------------------------------
+
+
+def test_squares_of_gradients_however_they_lie():
+    grads = [torch.randn(4, 3).t(), None, torch.randn(6)[::2], torch.randn(1).expand(5), torch.randn(2, 2).double().t()]
+    sums = [torch.ones(3, 4), torch.ones(2), torch.ones(3), torch.ones(5), torch.ones(2, 2).double()]
+    square_into(sums, grads, 0.5)
+    for total, grad in zip(sums, grads, strict=True):
+        expected = torch.ones_like(total) if grad is None else 1 + 0.5 * grad.square()
+        torch.testing.assert_close(total, expected)
+
+
+def test_a_replay_takes_the_batch_in_and_counts_and_judges_it():
+    """Without a GPU: the graph's place is taken by something that counts."""
+    model = nn.Linear(4, 2).double()
+    exact = Exact(dict(model.named_parameters()), Losses(model, loss, "true"))
+    captured, replayed = object.__new__(Captured), []
+    captured.exact, captured.usable, captured.examples = exact, True, EXAMPLES
+    captured.batch, captured.finite = batch_of(4), torch.tensor(True)
+    captured.batch["x"].zero_()
+    captured.graph = SimpleNamespace(replay=lambda: replayed.append(captured.batch["x"].clone()))
+    exact.captured = captured
+    assert exact.add(batch_of(4), exact.sums) == EXAMPLES
+    assert len(replayed) == 1 and replayed[0].equal(batch_of(4)["x"])
+    captured.finite.fill_(False)  # by a later replay
+    assert exact.losses.finite == [torch.tensor(True)]
+    other = batch_of(5, 4)
+    assert not any(total.any() for total in exact.sums.values()) and exact.add(other, exact.sums) == EXAMPLES
+    assert len(replayed) == 1
+    for name, expected in one_by_one(model, [other], loss).items():
+        torch.testing.assert_close(exact.sums[name], expected)
 
 
 def test_an_error_of_the_loss_is_its_own_and_comes_once():

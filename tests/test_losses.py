@@ -42,6 +42,16 @@ class Tokens(nn.Module):
         return SimpleNamespace(logits=logits[:, 0] if self.pooled else logits)
 
 
+class Fixed:
+    """A model that answers with given logits."""
+
+    def __init__(self, model: Tokens, logits: torch.Tensor):
+        self.logits, self.config, self.parameters = logits, model.config, model.parameters
+
+    def __call__(self, **inputs):
+        return SimpleNamespace(logits=self.logits)
+
+
 def ragged() -> dict[str, torch.Tensor]:
     """Lengths 6, 3 and 1 of 6, and -100 in the middle too; padding has ids that would count if they were labels."""
     ids = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 2, 2, 2], [3, 1, 1, 1, 1, 1]])
@@ -188,6 +198,21 @@ def test_unknown_choice_is_refused(loss):
         loss(Tokens(), ragged(), labels="drawn")
     with pytest.raises(ValueError, match="batch must be a mapping that holds 'labels', got list"):
         loss(Tokens(), [ragged()])
+
+
+@pytest.mark.parametrize("loss", [classification_loss, causal_lm_loss, token_loss, regression_loss])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_losses_are_at_least_float32(loss, dtype):
+    """Taken of the logits as they are, widened first: not the 16-bit loss of 16-bit logits."""
+    pooled = loss in (classification_loss, regression_loss)
+    model, batch = Tokens(1 if loss is regression_loss else CLASSES, pooled).to(dtype), ragged()
+    labels = {classification_loss: torch.tensor([0, 3, 6]), regression_loss: torch.tensor([0.1, 0.2, 0.3])}
+    batch["labels"] = labels.get(loss, batch["labels"])
+    got = loss(model, batch)
+    logits = model(batch["input_ids"]).logits.detach()
+    expected = loss(Fixed(model, logits.double()), batch)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu

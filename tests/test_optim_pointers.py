@@ -70,6 +70,31 @@ def test_other_data_behind_the_same_state_tensor_is_used(kind, dtype, low, place
     assert all(torch.equal(old, kept) for old, kept in olds), "wrote to memory that is no longer the optimizer's"
 
 
+OTHER = {
+    "strides": lambda t: t.t(),
+    "sizes": lambda t: t.view(3, 12),
+    "dtype": lambda t: t.view(torch.int32),
+    "sign": torch._neg_view,
+    "layout": torch.Tensor.to_sparse,
+    "device": lambda t: t.to("meta"),
+    "storage": torch.clone,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.sparse_coo, torch.sparse_csr], ids=str)
+@pytest.mark.parametrize("what", OTHER)
+def test_forms_tell_what_a_kernel_must_know(what, layout, reader):
+    """All but where a tensor lies; also of a tensor beside one that has no strides."""
+    tensor, beside = torch.randn(6, 6), torch.ones(2, 2)
+    beside = beside if layout == torch.strided else beside.to_sparse(layout=layout)
+    same = lists.forms([tensor, beside]) == lists.forms([OTHER[what](tensor), beside])
+    assert same == (what == "storage")
+    assert lists.forms([tensor]) != lists.forms([tensor, beside])
+    with pytest.raises(TypeError):
+        lists.forms([tensor, None])
+
+
 @ways
 def test_weights_moved_to_other_memory_are_followed(kind, dtype, low, place, reader):
     pair = twins(kind, dtype, low, place)

@@ -127,6 +127,32 @@ def test_the_named_implementation_counts_and_packs(place):
     assert part[0].NAME == ("csrc" if built else ops.implementation("auto", place.device).NAME)
 
 
+@pytest.mark.parametrize("built", [True, False])
+def test_csrc_is_asked_for_where_it_is_built(built, monkeypatch):
+    """Not what is fastest for everything else; only by default, and only where there is one."""
+    asked, scores, own = [], {"a": torch.arange(9.0)}, ops.implementation
+
+    def implementation(name, device_type):
+        asked.append(name)
+        return own("reference", device_type)
+
+    monkeypatch.setattr(ops, "implementation", implementation)
+    monkeypatch.setattr(ops, "unavailable", lambda name, device: None if built or name == "reference" else "not built")
+    for impl in ("auto", "reference", "triton"):
+        assert select(scores, 1 / 3, impl=impl).to_dense("a").tolist() == [False] * 6 + [True] * 3
+    assert asked == ["csrc" if built else "auto", "reference", "triton"]
+
+
+def test_a_cpu_has_csrc_before_an_interpreter(monkeypatch):
+    """Where every implementation could serve: Triton's kernels are interpreted on a CPU, a thousand times slower."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(ops, "unavailable", lambda name, device_type: None)
+    choose = ops.implementation.__wrapped__
+    assert [choose("auto", device).name for device in ("cpu", "cuda")] == ["csrc", "triton"]
+    monkeypatch.setattr(ops, "unavailable", lambda name, device_type: None if name == "reference" else "not built")
+    assert {choose("auto", device).name for device in ("cpu", "cuda", "xpu")} == {"reference"}
+
+
 @pytest.mark.gpu
 def test_scores_on_several_devices():
     generator = torch.Generator().manual_seed(6)
@@ -220,6 +246,8 @@ def test_score_histogram(digits, dtype, place):
             keys = ops.reference.score_keys(values[~values.isnan()]).tolist()
             expected = [sum((key - first) >> shift == d for key in keys) for d in range(2**digits)]
             assert row == [*expected, int(values.isnan().sum())]
+        last_alone = place.kernels.score_histogram(scores[-1:], firsts[-1:], shift, digits)
+        assert torch.equal(last_alone, counts[-1:])
 
 
 def random_words(shapes, seed) -> torch.Tensor:
