@@ -416,6 +416,21 @@ def test_errors_leave_the_old_file_and_nothing_else(tmp_path):
         put(tmp_path / "absent" / "x")
 
 
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    """And so is its name, once it has."""
+    done, sync, move = [], os.fsync, os.replace
+
+    def synced(file):
+        status = os.fstat(file)
+        done.append("folder" if stat.S_ISDIR(status.st_mode) else status.st_size)
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("moved"), move(*paths)))
+    put(tmp_path / "x", "12345")
+    assert done == [5, "moved", "folder"]
+
+
 def test_an_error_is_not_hidden_by_what_cannot_be_removed(tmp_path):
     with pytest.raises(KeyError, match="mine"), replacing(tmp_path / "x") as partial:
         partial.parent.rmdir()

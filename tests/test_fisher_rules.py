@@ -325,12 +325,14 @@ def test_single_gradients_are_summed_in_float32(kind, dtype):
     size = float(expected.norm())
     assert float((gradients - expected).norm()) < 1e-6 * size
     assert torch.equal(torch.cat([use.per_example(0, 1), use.per_example(1, 3)]).sum(0), gradients.sum(0))
-    short, long = torch.zeros(use.shape), torch.ones(use.shape)
+    short, same, long = torch.zeros(use.shape), torch.zeros(use.shape), torch.ones(use.shape)
     use.accumulate_(short)
+    rules.accumulate_uses_(same, [use])
     rules.accumulate_uses_(long, [use, use])
     squares = expected.square().sum(0)
     bound = 1e-5 * float(squares.norm())
-    assert float((short - squares).norm()) < bound and float((long - 1 - 4 * squares).norm()) < 4 * bound + 1e-5
+    assert float((short - squares).norm()) < bound and float((same - squares).norm()) < bound
+    assert float((long - 1 - 4 * squares).norm()) < 4 * bound + 1e-5
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 40])

@@ -372,6 +372,22 @@ def test_default_scope_of_adapters_of_an_unknown_kind():
     }
 
 
+def test_adapters_are_told_by_the_names_that_their_class_gives():
+    class Adapter(nn.Module):
+        adapter_layer_names = ("down.first", "up")
+
+        def __init__(self):
+            super().__init__()
+            self.down = nn.ModuleDict({"first": nn.Linear(3, 2)})
+            self.up, self.scale = nn.Linear(2, 3), nn.Linear(3, 3)
+
+    model = nn.ModuleDict({"adapter": Adapter(), "norm": nn.LayerNorm(3), "first": nn.Linear(2, 2)})
+    assert outside(model) == set()
+    model.peft_config = {"default": None}
+    beside = ("adapter.scale", "norm")
+    assert outside(model) == {f"{name}.{part}" for name in beside for part in ("weight", "bias")}
+
+
 @pytest.mark.parametrize("wrapper", ["bare", "compiled", "replica"])
 @pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config", "LoHaConfig", "VeraConfig"])
 def test_default_scope_of_peft(kind, wrapper):
@@ -533,7 +549,8 @@ def test_scope_errors_say_what_names_look_like():
     for scope in (lambda name: "layer" in name, "released", [], iter([])):
         with pytest.raises(ValueError, match="scope must hold at least one of the 28 .*'transformer.wte") as error:
             fisher.top(0.1, scope=scope)
-        assert "0x" not in str(error.value) and " and 18 more" in str(error.value)
+        got = "'released'" if scope == "released" else "a function or names that hold none"
+        assert f", got {got}: they are 'transformer.wte" in str(error.value) and " and 18 more" in str(error.value)
     with pytest.raises(ValueError, match="'backbone'.*they are 'head'"):
         Fisher({"head": torch.ones(3)}, 1, backbone=[]).top(0.5)
     with pytest.raises(ValueError, match=r"p must be in \(0, 1\], got 1.5"):
@@ -581,6 +598,24 @@ def test_parameters_that_are_not_here_are_refused(change, message, rule):
     if change is placeholder:  # gathered
         model[0].weight.data = torch.ones(4, 3).double()
         assert len(estimate_fisher(model, [data()], linear_loss, rule=rule)) == 4
+
+
+class FullyShardedDataParallel(nn.Sequential):
+    """As torch's in name, which is what it is told by."""
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_sharded_part_is_named(rule):
+    for model, name in (
+        (FullyShardedDataParallel(*net()), "FullyShardedDataParallel"),
+        (nn.Sequential(net(), FullyShardedDataParallel(nn.Linear(2, 2).double())), "1"),
+    ):
+        with pytest.raises(ValueError) as refusal:
+            estimate_fisher(model, [data()], linear_loss, rule=rule)
+        assert str(refusal.value) == (
+            "model must be a model before FullyShardedDataParallel wraps it: estimate first, shard then, "
+            f"got [{name!r}]"
+        )
 
 
 SHARDED = """

@@ -192,6 +192,18 @@ def test_regression_refuses():
         regression_loss(Tokens(2, pooled=True), batch | {"labels": numbers})
 
 
+def test_a_regressions_labels_are_drawn_around_the_prediction():
+    """From a normal distribution of variance 1, that is: what remains is the noise, and so is the gradient."""
+    model, batch = Tokens(1, pooled=True), ragged()
+    torch.manual_seed(7)
+    losses = regression_loss(model, batch, labels="sampled")
+    torch.manual_seed(7)
+    noise = torch.randn(3, dtype=torch.float64)
+    torch.testing.assert_close(losses, noise.square() / 2)
+    (slope,) = torch.autograd.grad(losses.sum(), [model.out.bias])
+    torch.testing.assert_close(slope, -noise.sum()[None])
+
+
 @pytest.mark.parametrize("loss", [classification_loss, causal_lm_loss, token_loss, regression_loss])
 def test_unknown_choice_is_refused(loss):
     with pytest.raises(ValueError, match="labels must be one of .*sampled.*, got 'drawn'"):
