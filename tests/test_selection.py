@@ -146,11 +146,13 @@ def test_csrc_is_asked_for_where_it_is_built(built, monkeypatch):
 def test_a_cpu_has_csrc_before_an_interpreter(monkeypatch):
     """Where every implementation could serve: Triton's kernels are interpreted on a CPU, a thousand times slower."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(ops, "unavailable", lambda name, device_type: None)
+    monkeypatch.setattr(ops.registry, "unavailable", lambda name, device_type: None)
     choose = ops.implementation.__wrapped__
-    assert [choose("auto", device).name for device in ("cpu", "cuda")] == ["csrc", "triton"]
-    monkeypatch.setattr(ops, "unavailable", lambda name, device_type: None if name == "reference" else "not built")
-    assert {choose("auto", device).name for device in ("cpu", "cuda", "xpu")} == {"reference"}
+    assert [choose("auto", device).NAME for device in ("cpu", "cuda")] == ["csrc", "triton"]
+    monkeypatch.setattr(
+        ops.registry, "unavailable", lambda name, device_type: None if name == "reference" else "not built"
+    )
+    assert {choose("auto", device).NAME for device in ("cpu", "cuda", "xpu")} == {"reference"}
 
 
 @pytest.mark.gpu
