@@ -44,8 +44,23 @@ CHILDTUNE_INLINE uint32_t next_step(double counter) {
   return counter < 4294967295.0 ? static_cast<uint32_t>(counter) + 1 : 4294967295u;
 }
 
+// A rule of updates: its overloads of set_step_size and update_weight are its formula.
+struct AdamW {
+  static constexpr int kRow = 0;  // in tables that have a row a rule
+  static constexpr int kMoments = 2;
+};
+
+// Corrects for moments that began at 0.
+CHILDTUNE_INLINE void set_step_size(
+    AdamW, Scalars& s, double rate, double correction1, double sqrt_correction2, bool hf) {
+  const double step_size = rate / correction1;
+  s.step_size = static_cast<float>(hf ? step_size * sqrt_correction2 : step_size);
+  s.inv_sqrt_correction2 = static_cast<float>(hf ? 1.0 : 1.0 / sqrt_correction2);
+}
+
 // In fp64, rounded to fp32 once. Pointers may be null: `lr` replaces the table's, `grad_scale` divides the gradients,
 // `grad_norm` is the global norm of the gradients as stored, still scaled.
+template <typename Rule>
 CHILDTUNE_INLINE Scalars derive_scalars(
     uint32_t t, const Hyper& h, const float* lr, const float* grad_scale, const float* grad_norm) {
   const bool hf = h.hf_dialect != 0;
@@ -59,7 +74,6 @@ CHILDTUNE_INLINE Scalars derive_scalars(
   const double correction1 = 1.0 - integer_power(h.beta1, t);
   const double sqrt_correction2 = sqrt(1.0 - integer_power(h.beta2, t));
   const double shrink = 0.0 - rate * h.weight_decay;  // +0 where there is no decay: w + 0 * w is w, signed zeros too
-  const double step_size = rate / correction1;
 
   Scalars s;
   s.grad_multiplier = static_cast<float>(h.sign * clip / scale);
@@ -69,8 +83,7 @@ CHILDTUNE_INLINE Scalars derive_scalars(
   s.beta2 = static_cast<float>(h.beta2);
   s.one_minus_beta2 = static_cast<float>(1.0 - h.beta2);
   s.eps = static_cast<float>(h.eps);
-  s.step_size = static_cast<float>(hf ? step_size * sqrt_correction2 : step_size);
-  s.inv_sqrt_correction2 = static_cast<float>(hf ? 1.0 : 1.0 / sqrt_correction2);
+  set_step_size(Rule{}, s, rate, correction1, sqrt_correction2, hf);
   s.shrink_before = static_cast<float>(hf ? 0.0 : shrink);
   s.shrink_after = static_cast<float>(hf ? shrink : 0.0);
   s.t = t;
@@ -83,7 +96,8 @@ CHILDTUNE_INLINE float reserve_gradient(float grad, uint32_t word, const Scalars
   return word <= s.last_kept ? grad * s.inv_p : 0.0f;
 }
 
-CHILDTUNE_INLINE void update_weight(float grad, float& param, float& exp_avg, float& exp_avg_sq, const Scalars& s) {
+CHILDTUNE_INLINE void update_weight(
+    AdamW, float grad, float& param, float& exp_avg, float& exp_avg_sq, const Scalars& s) {
   const float m = s.beta1 * exp_avg + s.one_minus_beta1 * grad;              // Alg. 1, line 8
   const float v = s.beta2 * exp_avg_sq + s.one_minus_beta2 * (grad * grad);  // Alg. 1, line 9
   float w = param + s.shrink_before * param;                                 // decoupled decay, torch dialect

@@ -87,7 +87,7 @@ inline void check_lengths(const UpdateLists& lists) {
   };
   check_length("grads", lists.grads.size(), lists.size());
   check_length("exp_avgs", lists.exp_avgs.size(), lists.size());
-  check_length("exp_avg_sqs", lists.exp_avg_sqs.size(), lists.size());
+  check_length("exp_avg_sqs", lists.exp_avg_sqs.size(), lists.moments == 2 ? lists.size() : 0);
   check_length("steps", lists.steps.size(), lists.size());
   check_optional("indices", lists.indices.size());
   check_optional("mask_words", lists.mask_words.size());
@@ -121,7 +121,7 @@ inline void check_entries(const UpdateLists& lists, size_t i) {
   }
   check("grads", lists.grads[i], param.dtype, lists.is_packed(i) ? moments : param.numel);
   check("exp_avgs", exp_avg, exp_avg.dtype, moments);
-  check("exp_avg_sqs", lists.exp_avg_sqs[i], exp_avg.dtype, moments);
+  if (lists.moments == 2) check("exp_avg_sqs", lists.exp_avg_sqs[i], exp_avg.dtype, moments);
   check("steps", lists.steps[i], ScalarType::Double, 1);
   if (!lists.mask_words.empty()) {
     const Array& words = lists.mask_words[i];

@@ -12,7 +12,7 @@ namespace childtune {
 
 using Tensors = std::vector<Tensor>;
 
-void adamw_(const UpdateLists& lists);
+void update_(const UpdateLists& lists);
 
 void square_accumulate_(const Tensors& accumulators, const Tensors& grads, double scale);
 

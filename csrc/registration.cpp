@@ -5,14 +5,15 @@
 #include "ops.h"
 
 // TORCH_BOX would make a std::vector<Tensor> of every list: see Arrays.
-static void boxed_adamw_(StableIValue* arguments, uint64_t given, uint64_t) {
-  STD_TORCH_CHECK(given == childtune::UpdateLists::kArguments, "adamw_ takes ", childtune::UpdateLists::kArguments,
+template <typename Rule>
+static void boxed_update(StableIValue* arguments, uint64_t given, uint64_t) {
+  STD_TORCH_CHECK(given == childtune::UpdateLists::kArguments, "an update takes ", childtune::UpdateLists::kArguments,
                   " arguments, its schema has ", given);
-  childtune::adamw_(childtune::UpdateLists(arguments));
+  childtune::update_(childtune::UpdateLists(Rule{}, arguments));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(childtune, CHILDTUNE_DEVICE, m) {
-  m.impl("adamw_.csrc", boxed_adamw_);
+  m.impl("adamw_.csrc", boxed_update<childtune::AdamW>);
   m.impl("square_accumulate_.csrc", TORCH_BOX(&childtune::square_accumulate_));
   m.impl("bernoulli_bits.csrc", TORCH_BOX(&childtune::bernoulli_bits));
   m.impl("score_histogram.csrc", TORCH_BOX(&childtune::score_histogram));

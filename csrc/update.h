@@ -18,13 +18,16 @@ inline const float* maybe_data(const MaybeTensor& tensor) {
   return tensor ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr;
 }
 
-// adamw_'s arguments, in the order of its schema. Entry i of every list belongs to parameter i; lists from `indices` on
+// An update's arguments, in the order of its schema. Entry i of every list belongs to parameter i; lists from `indices` on
 // may be empty.
 struct UpdateLists {
   static constexpr uint64_t kArguments = 15;
 
-  explicit UpdateLists(const StableIValue* arguments)
-      : params(arguments[0], Access::kWrites),
+  template <typename Rule>
+  UpdateLists(Rule, const StableIValue* arguments)
+      : rule(Rule::kRow),
+        moments(Rule::kMoments),
+        params(arguments[0], Access::kWrites),
         grads(arguments[1], Access::kReads),
         exp_avgs(arguments[2], Access::kWrites),
         exp_avg_sqs(arguments[3], Access::kWrites),
@@ -58,6 +61,8 @@ struct UpdateLists {
     return !rounding_keys.empty() && !has_companion(i) && params[i].dtype != ScalarType::Float;
   }
 
+  const int rule;     // its row in a table of rules
+  const int moments;  // with one alone, there are no exp_avg_sqs
   Arrays params, grads, exp_avgs, exp_avg_sqs, steps;
   Tensor hyper;
   Array table;  // hyper's

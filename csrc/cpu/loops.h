@@ -19,6 +19,7 @@
 
 namespace childtune {
 
+struct Hyper;
 struct Scalars;
 struct Stream;
 
@@ -27,7 +28,7 @@ struct Parameter {
   void* param;
   const void* grad;
   void* exp_avg;
-  void* exp_avg_sq;
+  void* exp_avg_sq;            // null where the rule has one moment alone
   torch::headeronly::ScalarType weight_dtype, moment_dtype;
   const Scalars* scalars;
   void* master;                // fp32, of a 16-bit weight; or null
@@ -40,10 +41,16 @@ struct Parameter {
   bool grad_packed;            // packed D: gradients lie like moments, not like weights
 };
 
-// Work on elements first .. last - 1 of the moments; `first` is a multiple of kGrain.
+// What depends on an update's rule.
+struct RuleLoops {
+  Scalars (*derive)(uint32_t t, const Hyper&, const float* lr, const float* grad_scale, const float* grad_norm);
+  // Works on elements first .. last - 1 of the moments; `first` is a multiple of kGrain.
+  void (*update)(const Parameter&, int64_t first, int64_t last);
+};
+
 struct Loops {
   const char* name;
-  void (*adamw)(const Parameter&, int64_t first, int64_t last);
+  const RuleLoops* rules;  // by their kRow
   // Packs the keep-bits of `numel` elements; the first is element 4 * first_quad of its parameter.
   void (*bernoulli_words)(uint32_t* words, int64_t numel, uint64_t first_quad, const Stream&, uint32_t last_kept);
 };

@@ -54,8 +54,12 @@ void narrow(const float* buffer, T* values, int n) {
   for (int i = 0; i < n; ++i) values[i].x = static_cast<T>(buffer[i]).x;  // gcc 12 vectorises words, not structs
 }
 
-// n elements as fp32: the tensor itself where it is fp32, else `buffer`.
+// n elements as fp32: the tensor itself where it is fp32, else `buffer`; zeros where there is none.
 float* load(void* data, ScalarType dtype, int64_t start, int n, float* buffer) {
+  if (!data) {
+    for (int i = 0; i < n; ++i) buffer[i] = 0.0f;
+    return buffer;
+  }
   if (dtype == ScalarType::Float) return static_cast<float*>(data) + start;
   if (dtype == ScalarType::BFloat16) return widen(static_cast<c10::BFloat16*>(data) + start, n, buffer);
   return widen(static_cast<c10::Half*>(data) + start, n, buffer);
@@ -63,6 +67,7 @@ float* load(void* data, ScalarType dtype, int64_t start, int n, float* buffer) {
 
 // The counterpart of load: fp32 tensors were updated in place.
 void store(const float* buffer, void* data, ScalarType dtype, int64_t start, int n) {
+  if (!data) return;
   if (dtype == ScalarType::BFloat16) narrow(buffer, static_cast<c10::BFloat16*>(data) + start, n);
   if (dtype == ScalarType::Half) narrow(buffer, static_cast<c10::Half*>(data) + start, n);
 }
@@ -117,7 +122,7 @@ C10_ALWAYS_INLINE void store_weights(const Parameter& p, const float* param, int
 }
 
 // Inlined, so that every full block has a constant n and its loops unroll.
-template <Mask kMask>
+template <typename Rule, Mask kMask>
 C10_ALWAYS_INLINE void update_block(const Parameter& p, const Scalars& s, int64_t start, int n) {
   alignas(64) float buffers[4][kBlock];
   alignas(64) uint32_t words[kBlock];
@@ -134,7 +139,7 @@ C10_ALWAYS_INLINE void update_block(const Parameter& p, const Scalars& s, int64_
     float g = grad[i] * s.grad_multiplier;
     if constexpr (kMask == Mask::kBernoulli) g = reserve_gradient(g, words[i], s);
     float w = param[i], m = exp_avg[i], v = exp_avg_sq[i];
-    update_weight(g, w, m, v, s);
+    update_weight(Rule{}, g, w, m, v, s);
     if constexpr (kMask == Mask::kChild) {
       const bool keep = child >> i & 1;
       const float outside = decay_outside ? decay_weight(param[i], s) : param[i];
@@ -152,24 +157,25 @@ C10_ALWAYS_INLINE void update_block(const Parameter& p, const Scalars& s, int64_
   store(exp_avg_sq, p.exp_avg_sq, p.moment_dtype, start, n);
 }
 
-template <Mask kMask>
+template <typename Rule, Mask kMask>
 void update_dense(const Parameter& p, int64_t first, int64_t last) {
   const Scalars s = *p.scalars;
   int64_t start = first;
-  for (; start + kBlock <= last; start += kBlock) update_block<kMask>(p, s, start, kBlock);
-  if (start < last) update_block<kMask>(p, s, start, static_cast<int>(last - start));
+  for (; start + kBlock <= last; start += kBlock) update_block<Rule, kMask>(p, s, start, kBlock);
+  if (start < last) update_block<Rule, kMask>(p, s, start, static_cast<int>(last - start));
 }
 
 // Word by word, so that words without a child cost no memory traffic. Testing cache lines of 16 weights one by one
 // costs more than it saves: a random tenth took 1.3 of plain AdamW's time (fp32, one Zen 4 core), words take 1.04.
+template <typename Rule>
 void update_child(const Parameter& p, int64_t first, int64_t last) {
   const Scalars s = *p.scalars;
   for (int64_t start = first; start < last; start += kWordBits) {
     if (p.mask_words[start / kWordBits] == 0 && !p.decay_outside) continue;
     if (start + kWordBits <= last) {
-      update_block<Mask::kChild>(p, s, start, kWordBits);
+      update_block<Rule, Mask::kChild>(p, s, start, kWordBits);
     } else {
-      update_block<Mask::kChild>(p, s, start, static_cast<int>(last - start));
+      update_block<Rule, Mask::kChild>(p, s, start, static_cast<int>(last - start));
     }
   }
 }
@@ -221,6 +227,7 @@ void scatter_weights(const Parameter& p, const float* param, int64_t start, int 
 }
 
 // A block of the child: moments and companions lie packed, weights and full gradients are gathered by index.
+template <typename Rule>
 void update_compact_block(const Parameter& p, const Scalars& s, int64_t start, int n) {
   alignas(64) float buffers[4][kBlock];
   const int32_t* indices = p.indices + start;
@@ -239,24 +246,26 @@ void update_compact_block(const Parameter& p, const Scalars& s, int64_t start, i
   float* exp_avg = load(p.exp_avg, p.moment_dtype, start, n, buffers[2]);
   float* exp_avg_sq = load(p.exp_avg_sq, p.moment_dtype, start, n, buffers[3]);
 #pragma omp simd
-  for (int i = 0; i < n; ++i) update_weight(grad[i], param[i], exp_avg[i], exp_avg_sq[i], s);
+  for (int i = 0; i < n; ++i) update_weight(Rule{}, grad[i], param[i], exp_avg[i], exp_avg_sq[i], s);
   scatter_weights(p, param, start, n);
   store(exp_avg, p.exp_avg, p.moment_dtype, start, n);
   store(exp_avg_sq, p.exp_avg_sq, p.moment_dtype, start, n);
 }
 
+template <typename Rule>
 void update_compact(const Parameter& p, int64_t first, int64_t last) {
   const Scalars s = *p.scalars;
   for (int64_t start = first; start < last; start += kBlock)
-    update_compact_block(p, s, start, static_cast<int>(std::min<int64_t>(kBlock, last - start)));
+    update_compact_block<Rule>(p, s, start, static_cast<int>(std::min<int64_t>(kBlock, last - start)));
 }
 
 // What a parameter has says which of its elements are updated.
+template <typename Rule>
 void update(const Parameter& p, int64_t first, int64_t last) {
-  if (p.indices) return update_compact(p, first, last);
-  if (p.mask_words) return update_child(p, first, last);
-  if (p.stream) return update_dense<Mask::kBernoulli>(p, first, last);
-  update_dense<Mask::kNone>(p, first, last);
+  if (p.indices) return update_compact<Rule>(p, first, last);
+  if (p.mask_words) return update_child<Rule>(p, first, last);
+  if (p.stream) return update_dense<Rule, Mask::kBernoulli>(p, first, last);
+  update_dense<Rule, Mask::kNone>(p, first, last);
 }
 
 void bernoulli_words(uint32_t* out, int64_t numel, uint64_t first_quad, const Stream& stream, uint32_t last_kept) {
@@ -271,9 +280,13 @@ void bernoulli_words(uint32_t* out, int64_t numel, uint64_t first_quad, const St
   }
 }
 
+const RuleLoops kRules[] = {
+    {derive_scalars<AdamW>, update<AdamW>},
+};
+
 }  // namespace
 
-const Loops kLoops = {C10_STRINGIZE(CHILDTUNE_ISA), update, bernoulli_words};
+const Loops kLoops = {C10_STRINGIZE(CHILDTUNE_ISA), kRules, bernoulli_words};
 
 }  // namespace CHILDTUNE_ISA
 }  // namespace childtune

@@ -8,7 +8,7 @@ namespace childtune {
 namespace {
 
 // Advances every step counter and returns what the new step needs; nothing, and no change, on overflow or empty lists.
-std::vector<Scalars> begin_step(const UpdateLists& lists) {
+std::vector<Scalars> begin_step(const UpdateLists& lists, const RuleLoops& rule) {
   const float* const found_inf = maybe_data(lists.found_inf);
   std::vector<Scalars> scalars;
   if (found_inf && *found_inf != 0) return scalars;
@@ -17,7 +17,7 @@ std::vector<Scalars> begin_step(const UpdateLists& lists) {
   scalars.reserve(lists.size());
   for (size_t i = 0; i < lists.size(); ++i) {
     double* const step = lists.steps[i].as<double>();
-    scalars.push_back(derive_scalars(next_step(*step), lists.row(i), lists.lr(i), grad_scale, grad_norm));
+    scalars.push_back(rule.derive(next_step(*step), lists.row(i), lists.lr(i), grad_scale, grad_norm));
     *step += 1;
   }
   return scalars;
@@ -38,7 +38,7 @@ Parameter make_parameter(const UpdateLists& lists, size_t i, const Scalars& scal
   p.param = lists.params[i].data;
   p.grad = lists.grads[i].data;
   p.exp_avg = lists.exp_avgs[i].data;
-  p.exp_avg_sq = lists.exp_avg_sqs[i].data;
+  if (lists.moments == 2) p.exp_avg_sq = lists.exp_avg_sqs[i].data;
   p.weight_dtype = lists.params[i].dtype;
   p.moment_dtype = lists.exp_avgs[i].dtype;
   p.scalars = &scalars;
@@ -52,9 +52,10 @@ Parameter make_parameter(const UpdateLists& lists, size_t i, const Scalars& scal
 
 }  // namespace
 
-void adamw_(const UpdateLists& lists) {
+void update_(const UpdateLists& lists) {
   check_update(lists);
-  const std::vector<Scalars> scalars = begin_step(lists);
+  const RuleLoops& rule = loops().rules[lists.rule];
+  const std::vector<Scalars> scalars = begin_step(lists, rule);
   const std::vector<Stream> masking = make_streams(scalars, lists.mask_keys, kGradientMask);
   const std::vector<Stream> rounding = make_streams(scalars, lists.rounding_keys, kStochasticRounding);
 
@@ -69,8 +70,7 @@ void adamw_(const UpdateLists& lists) {
     parameters.push_back(p);
     numels.push_back(lists.exp_avgs[i].numel);
   }
-  const auto loop = loops().adamw;
-  parallel_elements(numels, [&](size_t i, int64_t first, int64_t last) { loop(parameters[i], first, last); });
+  parallel_elements(numels, [&](size_t i, int64_t first, int64_t last) { rule.update(parameters[i], first, last); });
 }
 
 }  // namespace childtune

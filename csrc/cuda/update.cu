@@ -43,12 +43,14 @@ struct GradientState {
 
 __device__ bool overflowed(const float* found_inf) { return found_inf && *found_inf != 0.0f; }
 
+template <typename Rule>
 __global__ void scalars_kernel(
     const __grid_constant__ Table<ScalarRecord> table, Scalars* scalars, GradientState state) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= table.size || overflowed(state.found_inf)) return;
   const ScalarRecord& record = table.records[i];
-  scalars[i] = derive_scalars(next_step(*record.step), record.hyper, record.lr, state.grad_scale, state.grad_norm);
+  const uint32_t t = next_step(*record.step);
+  scalars[i] = derive_scalars<Rule>(t, record.hyper, record.lr, state.grad_scale, state.grad_norm);
   *record.step += 1.0;
 }
 
@@ -91,7 +93,7 @@ __device__ void round_weights(const UpdateRecord& r, const float (&param)[kGroup
   }
 }
 
-template <Mask kMask, typename Weight, typename Moment>
+template <typename Rule, Mask kMask, typename Weight, typename Moment>
 __device__ void update_group(const UpdateRecord& r, const Scalars& s, int64_t start) {
   const int n = r.numel - start < kGroup ? static_cast<int>(r.numel - start) : kGroup;
   auto* const params = static_cast<Weight*>(r.param);
@@ -109,7 +111,7 @@ __device__ void update_group(const UpdateRecord& r, const Scalars& s, int64_t st
   if (child != 0) {
     load_group(static_cast<const Weight*>(r.grad), start, n, r.grad_aligned, grad);
     load_group(exp_avgs, start, n, r.state_aligned, exp_avg);
-    load_group(exp_avg_sqs, start, n, r.state_aligned, exp_avg_sq);
+    if constexpr (Rule::kMoments == 2) load_group(exp_avg_sqs, start, n, r.state_aligned, exp_avg_sq);
   }
 
   uint32_t words[kGroup] = {};
@@ -121,7 +123,7 @@ __device__ void update_group(const UpdateRecord& r, const Scalars& s, int64_t st
     if (kMask != Mask::kChild || child >> j & 1) {
       float g = grad[j] * s.grad_multiplier;
       if constexpr (kMask == Mask::kBernoulli) g = reserve_gradient(g, words[j], s);
-      update_weight(g, param[j], exp_avg[j], exp_avg_sq[j], s);
+      update_weight(Rule{}, g, param[j], exp_avg[j], exp_avg_sq[j], s);
     } else if (r.decay_outside) {
       param[j] = decay_weight(param[j], s);
     }
@@ -135,12 +137,12 @@ __device__ void update_group(const UpdateRecord& r, const Scalars& s, int64_t st
   store_group(rounded, params, start, n, r.state_aligned);
   if (child != 0) {
     store_group(exp_avg, exp_avgs, start, n, r.state_aligned);
-    store_group(exp_avg_sq, exp_avg_sqs, start, n, r.state_aligned);
+    if constexpr (Rule::kMoments == 2) store_group(exp_avg_sq, exp_avg_sqs, start, n, r.state_aligned);
   }
 }
 
 // A group of the child: moments and companions lie packed, weights and full gradients are gathered by index.
-template <typename Weight, typename Moment>
+template <typename Rule, typename Weight, typename Moment>
 __device__ void update_compact_group(const UpdateRecord& r, const Scalars& s, int64_t start) {
   const int n = r.numel - start < kGroup ? static_cast<int>(r.numel - start) : kGroup;
   auto* const params = static_cast<Weight*>(r.param);
@@ -163,12 +165,12 @@ __device__ void update_compact_group(const UpdateRecord& r, const Scalars& s, in
     for (int j = 0; j < kGroup; ++j) grad[j] = static_cast<float>(grads[index[j]]);
   }
   load_group(exp_avgs, start, n, r.state_aligned, exp_avg);
-  load_group(exp_avg_sqs, start, n, r.state_aligned, exp_avg_sq);
+  if constexpr (Rule::kMoments == 2) load_group(exp_avg_sqs, start, n, r.state_aligned, exp_avg_sq);
 #pragma unroll
   for (int j = 0; j < kGroup; ++j) {
     float g = grad[j] * s.grad_multiplier;
     if (r.draws) g = reserve_gradient(g, draw_word(index[j], make_stream(r.mask_key, s.t, kGradientMask)), s);
-    update_weight(g, param[j], exp_avg[j], exp_avg_sq[j], s);
+    update_weight(Rule{}, g, param[j], exp_avg[j], exp_avg_sq[j], s);
     if (r.stochastic) words[j] = draw_word(index[j], make_stream(r.rounding_key, s.t, kStochasticRounding));
   }
   Weight rounded[kGroup];
@@ -178,10 +180,10 @@ __device__ void update_compact_group(const UpdateRecord& r, const Scalars& s, in
     if (j < n) params[index[j]] = rounded[j];
   }
   store_group(exp_avg, exp_avgs, start, n, r.state_aligned);
-  store_group(exp_avg_sq, exp_avg_sqs, start, n, r.state_aligned);
+  if constexpr (Rule::kMoments == 2) store_group(exp_avg_sq, exp_avg_sqs, start, n, r.state_aligned);
 }
 
-template <Mask kMask, typename Weight, typename Moment>
+template <typename Rule, Mask kMask, typename Weight, typename Moment>
 __global__ void __launch_bounds__(kThreads)
     update_kernel(const __grid_constant__ Table<UpdateRecord> table, const float* found_inf) {
   if (overflowed(found_inf)) return;
@@ -193,13 +195,13 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t start = tile + (k * kThreads + threadIdx.x) * kGroup;
     if (start >= r.numel) continue;
     if constexpr (kMask != Mask::kCompact) {
-      update_group<kMask, Weight, Moment>(r, s, start);
+      update_group<Rule, kMask, Weight, Moment>(r, s, start);
     } else if (r.indices) {
-      update_compact_group<Weight, Moment>(r, s, start);
+      update_compact_group<Rule, Weight, Moment>(r, s, start);
     } else if (r.draws) {
-      update_group<Mask::kBernoulli, Weight, Moment>(r, s, start);
+      update_group<Rule, Mask::kBernoulli, Weight, Moment>(r, s, start);
     } else {
-      update_group<Mask::kNone, Weight, Moment>(r, s, start);
+      update_group<Rule, Mask::kNone, Weight, Moment>(r, s, start);
     }
   }
 }
@@ -214,6 +216,7 @@ Mask masking(const UpdateLists& lists) {
   return Mask::kNone;
 }
 
+template <typename Rule>
 void launch_scalars(const UpdateLists& lists, Scalars* scalars, const GradientState& state, cudaStream_t stream) {
   using Records = Table<ScalarRecord>;
   const int n = static_cast<int>(lists.size());
@@ -224,22 +227,25 @@ void launch_scalars(const UpdateLists& lists, Scalars* scalars, const GradientSt
       const size_t p = start + i;
       table.records[i] = {lists.steps[p].as<double>(), lists.lr(p), lists.row(p)};
     }
-    scalars_kernel<<<blocks_for(table.size, kThreads), kThreads, 0, stream>>>(table, scalars + start, state);
+    scalars_kernel<Rule><<<blocks_for(table.size, kThreads), kThreads, 0, stream>>>(table, scalars + start, state);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 }
 
 UpdateRecord make_record(const UpdateLists& lists, size_t i, Mask mask, const Scalars* scalars) {
-  const Array &param = lists.params[i], &exp_avg = lists.exp_avgs[i], &exp_avg_sq = lists.exp_avg_sqs[i];
+  const Array &param = lists.params[i], &exp_avg = lists.exp_avgs[i];
   UpdateRecord r{};
   r.param = param.data;
   r.grad = lists.grads[i].data;
   r.exp_avg = exp_avg.data;
-  r.exp_avg_sq = exp_avg_sq.data;
   r.scalars = scalars + i;
   r.numel = exp_avg.numel;
   r.grad_aligned = is_aligned(lists.grads[i]);  // a view of a communication buffer often is not
-  r.state_aligned = is_aligned(exp_avg) && is_aligned(exp_avg_sq);
+  r.state_aligned = is_aligned(exp_avg);
+  if (lists.moments == 2) {
+    r.exp_avg_sq = lists.exp_avg_sqs[i].data;
+    r.state_aligned = r.state_aligned && is_aligned(lists.exp_avg_sqs[i]);
+  }
 
   // the child
   if (mask == Mask::kChild) r.mask_words = lists.mask_words[i].as<const uint32_t>();
@@ -262,12 +268,12 @@ UpdateRecord make_record(const UpdateLists& lists, size_t i, Mask mask, const Sc
 }
 
 // One launch for all tensors of a weight's and a moment's dtype.
-template <Mask kMask>
+template <typename Rule, Mask kMask>
 void launch_updates(const std::vector<UpdateRecord>& records, ScalarType weight_dtype, ScalarType moment_dtype,
                     const float* found_inf, cudaStream_t stream) {
   dispatch_weights(weight_dtype, [&](auto weight) {
     dispatch_weights(moment_dtype, [&](auto moment) {
-      const auto kernel = update_kernel<kMask, decltype(weight), decltype(moment)>;
+      const auto kernel = update_kernel<Rule, kMask, decltype(weight), decltype(moment)>;
       launch_tables(records, [&](const Table<UpdateRecord>& table, unsigned blocks) {
         kernel<<<blocks, kThreads, 0, stream>>>(table, found_inf);
       });
@@ -275,11 +281,8 @@ void launch_updates(const std::vector<UpdateRecord>& records, ScalarType weight_
   });
 }
 
-}  // namespace
-
-void adamw_(const UpdateLists& lists) {
-  check_update(lists);
-  if (lists.size() == 0) return;
+template <typename Rule>
+void run(const UpdateLists& lists) {
   const int32_t device = lists.params[0].device_index;
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
@@ -288,13 +291,13 @@ void adamw_(const UpdateLists& lists) {
   const Tensor workspace = torch::stable::new_empty(lists.params.tensor(0), {bytes}, ScalarType::Byte);
   auto* scalars = static_cast<Scalars*>(workspace.mutable_data_ptr());
   const GradientState state{maybe_data(lists.grad_scale), maybe_data(lists.found_inf), maybe_data(lists.grad_norm)};
-  launch_scalars(lists, scalars, state, stream);
+  launch_scalars<Rule>(lists, scalars, state, stream);
 
   const Mask mask = masking(lists);
-  const auto launch = mask == Mask::kCompact     ? launch_updates<Mask::kCompact>
-                      : mask == Mask::kChild     ? launch_updates<Mask::kChild>
-                      : mask == Mask::kBernoulli ? launch_updates<Mask::kBernoulli>
-                                                 : launch_updates<Mask::kNone>;
+  const auto launch = mask == Mask::kCompact     ? launch_updates<Rule, Mask::kCompact>
+                      : mask == Mask::kChild     ? launch_updates<Rule, Mask::kChild>
+                      : mask == Mask::kBernoulli ? launch_updates<Rule, Mask::kBernoulli>
+                                                 : launch_updates<Rule, Mask::kNone>;
   constexpr ScalarType kDtypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
   for (const ScalarType weight_dtype : kDtypes) {
     for (const ScalarType moment_dtype : kDtypes) {
@@ -306,6 +309,15 @@ void adamw_(const UpdateLists& lists) {
       launch(records, weight_dtype, moment_dtype, state.found_inf, stream);
     }
   }
+}
+
+constexpr void (*kRules[])(const UpdateLists&) = {run<AdamW>};  // by their kRow
+
+}  // namespace
+
+void update_(const UpdateLists& lists) {
+  check_update(lists);
+  if (lists.size() != 0) kRules[lists.rule](lists);
 }
 
 }  // namespace childtune
