@@ -201,7 +201,7 @@ class Case:
         before = [g.clone() for g in grads]
         scaling = [None if x is None else torch.tensor(float(x), device=self.device) for x in (scale, found_inf, norm)]
         self.update.grads, self.update.scaling = TensorList(grads), ops.Scaling(*scaling)
-        kernels.adamw_(self.update)
+        kernels.update_(self.update)
         assert all(same_bits(a, b) for a, b in zip(before, grads, strict=True)), "a gradient was written"
         if found_inf:
             return

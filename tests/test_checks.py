@@ -22,6 +22,10 @@ def words(n: int, **kwargs) -> torch.Tensor:
     return zeros(n, **{"dtype": torch.int32, **kwargs})
 
 
+def moments(exp_avg, exp_avg_sq):
+    return {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
+
 class DTensor(torch.Tensor):
     """Called like torch's sharded tensors."""
 
@@ -59,19 +63,22 @@ CASES = [
     ("check_gradient", ("g", zeros(2), zeros(3)), "gradient of g must have shape (3,), got (2,)"),
     ("check_gradient", ("g", zeros(2, dtype=HALF), zeros(2)), "must have dtype torch.float32, got torch.float16"),
     ("check_gradient", ("g", zeros(2, device="meta"), zeros(2)), "gradient of g must have device cpu, got meta"),
-    ("check_state", ("s", zeros(2), STEP, zeros(2), zeros(2)), None),
-    ("check_state", ("s", zeros(2), STEP, zeros(1), zeros(1), (1,)), None),
-    ("check_state", ("s", zeros(2), STEP.expand(2), zeros(2), zeros(2)), "s: step must be one float64 on cpu, got 2 x"),
-    ("check_state", ("s", zeros(2), STEP.to("meta"), zeros(2), zeros(2)), "s: step must be one float64 on cpu"),
-    ("check_state", ("s", zeros(2), STEP.float(), zeros(2), zeros(2)), "got 1 x torch.float32 on cpu"),
-    ("check_state", ("s", zeros(2), STEP, zeros(1), zeros(2)),
+    ("check_state", ("s", zeros(2), STEP, moments(zeros(2), zeros(2))), None),
+    ("check_state", ("s", zeros(2), STEP, moments(zeros(1), zeros(1)), (1,)), None),
+    ("check_state", ("s", zeros(2), STEP.expand(2), moments(zeros(2), zeros(2))),
+     "s: step must be one float64 on cpu, got 2 x"),
+    ("check_state", ("s", zeros(2), STEP.to("meta"), moments(zeros(2), zeros(2))),
+     "s: step must be one float64 on cpu"),
+    ("check_state", ("s", zeros(2), STEP.float(), moments(zeros(2), zeros(2))), "got 1 x torch.float32 on cpu"),
+    ("check_state", ("s", zeros(2), STEP, moments(zeros(1), zeros(2))),
      "s: exp_avg must have shape (2,), device cpu and dtype"),
-    ("check_state", ("s", zeros(2), STEP, zeros(2), zeros(1)), "s: exp_avg_sq must have shape (2,)"),
-    ("check_state", ("s", zeros(2), STEP, zeros(2), zeros(2), (1,)), "s: exp_avg must have shape (1,)"),
-    ("check_state", ("s", zeros(2), STEP, zeros(2, dtype=HALF), zeros(2, dtype=BF16)), "in ['torch.float16'], got"),
-    ("check_state", ("s", zeros(6, 4), STEP, FOLDED, zeros(6, 4)),
+    ("check_state", ("s", zeros(2), STEP, moments(zeros(2), zeros(1))), "s: exp_avg_sq must have shape (2,)"),
+    ("check_state", ("s", zeros(2), STEP, moments(zeros(2), zeros(2)), (1,)), "s: exp_avg must have shape (1,)"),
+    ("check_state", ("s", zeros(2), STEP, moments(zeros(2, dtype=HALF), zeros(2, dtype=BF16))),
+     "in ['torch.float16'], got"),
+    ("check_state", ("s", zeros(6, 4), STEP, moments(FOLDED, zeros(6, 4))),
      "s: exp_avg must be contiguous, got strides (1, 6)"),
-    ("check_state", ("s", zeros(2), STEP, zeros(2, device="meta"), zeros(2)), "got (2,), meta, torch.float32"),
+    ("check_state", ("s", zeros(2), STEP, moments(zeros(2, device="meta"), zeros(2))), "got (2,), meta, torch.float32"),
     ("check_indices", ("i", words(2), zeros(2), zeros(2)), None),
     ("check_indices", ("i", words(0), zeros(2), zeros(2)), None),
     ("check_indices", ("i", words(3), zeros(2), zeros(3)), "i must index at most 2 elements, got 3"),

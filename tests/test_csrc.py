@@ -47,7 +47,7 @@ def run(kernels, kind, *, share=None, steps=2, **kwargs) -> Case:
         # half of the gradients, where the kind allows it, lie packed
         grads = [case.guards.place(case.packed(i, g), i % 5) if i % 2 else g for i, g in enumerate(case.new_grads())]
         case.update.grads = TensorList(grads)
-        kernels.adamw_(case.update)
+        kernels.update_(case.update)
     return case
 
 
@@ -86,7 +86,7 @@ def test_lists_may_mix_dtypes_of_moments(kind):
         lists = {name: sum((list(getattr(part.update, name)) for part in parts), []) for name in names}
         update = ops.Update(**lists, hyper=torch.cat([part.hyper for part in parts]))
         update.check()
-        kernels.adamw_(update)
+        kernels.update_(update)
         assert all(part.guards.intact() for part in parts)
         both.append([t for tensors in update.written for t in tensors])
     assert unchanged(*both)

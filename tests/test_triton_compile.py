@@ -106,6 +106,8 @@ def check_update(masking, capability, param, state, tmp_path, companion=0, stoch
         MASKING=MASKINGS[masking],
         COMPANION=companion,
         STOCHASTIC=stochastic,
+        ADVANCE=adamw.advance,
+        MOMENTS=2,
         PARAM_DTYPE=param,
         STATE_DTYPE=state,
         BLOCK=block,
@@ -128,7 +130,9 @@ def check_update(masking, capability, param, state, tmp_path, companion=0, stoch
 def test_begin(capability, scaler, tmp_path):
     signature = {"table": "*i64", "scalars": "*i32", "n": "i32"}
     scalars = dict.fromkeys(("grad_scale", "found_inf", "grad_norm"), "*fp32" if scaler else "constexpr")
-    constants = dict(HAS_LRS=scaler, BLOCK=128) | ({} if scaler else dict.fromkeys(scalars))
+    constants = dict(STEP_SIZE_OF=adamw.step_size, HAS_LRS=scaler, BLOCK=128) | (
+        {} if scaler else dict.fromkeys(scalars)
+    )
     ptx, usage = build(adamw.begin_kernel, signature | scalars, constants, capability, 4, tmp_path)
     assert_ieee(ptx)
     assert "div.rn.f64" in ptx and "sqrt.rn.f64" in ptx

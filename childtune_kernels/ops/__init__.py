@@ -25,7 +25,9 @@ from .registry import mark_written as mark_written
 from .registry import unavailable as unavailable
 from .tensors import IntList as IntList
 from .tensors import TensorList as TensorList
+from .update import ADAMW as ADAMW
 from .update import HYPER_COLUMNS as HYPER_COLUMNS
+from .update import Rule as Rule
 from .update import Scaling as Scaling
 from .update import Update as Update
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -61,12 +61,19 @@ def check_table(label: str, table: Tensor, rows: int, columns: int) -> None:
 
 
 def check_state(
-    label: str, param: Tensor, step: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, shape: tuple[int, ...] | None = None
+    label: str, param: Tensor, step: Tensor, moments: Mapping[str, Tensor], shape: tuple[int, ...] | None = None
 ) -> None:
-    """Refuse optimizer state that does not fit its parameter; ``shape``: of the moments, by default the parameter's."""
+    """Refuse optimizer state that does not fit its parameter.
+
+    Args:
+        moments: by name; of one dtype.
+        shape: of the moments, by default the parameter's.
+    """
     check_scalar(f"{label}: step", step, param.device, torch.float64)
-    _check_like(f"{label}: exp_avg", exp_avg, param, WEIGHT_DTYPES, shape)
-    _check_like(f"{label}: exp_avg_sq", exp_avg_sq, param, (exp_avg.dtype,), shape)
+    dtypes = WEIGHT_DTYPES
+    for name, moment in moments.items():
+        _check_like(f"{label}: {name}", moment, param, dtypes, shape)
+        dtypes = (moment.dtype,)
 
 
 def check_indices(label: str, index: Tensor, param: Tensor, exp_avg: Tensor) -> tuple[int, ...]:

@@ -48,10 +48,10 @@ def _load(device_type: str) -> str | None:
     return None
 
 
-def adamw_(update: Update) -> None:
-    """Run `reference.adamw_`, compiled: a boxed op takes the lists one by one."""
+def update_(update: Update) -> None:
+    """Run `reference.update_`, compiled: a boxed op, one a rule, takes the lists one by one."""
     if len(update):
-        _OPS.adamw_.csrc(
+        getattr(_OPS, f"{update.rule.file}_").csrc(
             update.params,
             update.grads,
             update.exp_avgs,

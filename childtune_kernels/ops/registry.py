@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import checks, csrc, reference
-from .update import Scaling, Update
+from .update import ADAMW, Rule, Scaling, Update
 
 _SAME = "the same"
 _SCALING = [field.name for field in fields(Update)].index("scaling")  # the op's arguments from there on are its fields
@@ -28,6 +28,7 @@ class Op:
         check: refuses arguments of the functions, before anything is written.
         fake: the result's form alone, for tracing; ops that return nothing have none.
         takes: makes the functions' arguments of the schema's.
+        rule: of an update; its functions are called `update_`, whatever the rule.
         csrc_schema: of the compiled kernel, where that is another; None where there is none.
     """
 
@@ -36,6 +37,7 @@ class Op:
     fake: Callable[..., Tensor] | None = None
     takes: Callable[..., tuple] = lambda *args: args
     csrc_schema: str | None = _SAME
+    rule: Rule | None = None
 
     @property
     def overloads(self) -> dict[str, str]:
@@ -62,15 +64,21 @@ def _triton_unavailable(device_type: str) -> str | None:
     return "Triton serves CUDA tensors, and CPU tensors only under TRITON_INTERPRET=1"
 
 
-OPS = {
-    "adamw_": Op(  # `Update` describes the arguments
+def _update(rule: Rule) -> Op:
+    """Return the op of an update by a rule; `Update` describes its arguments."""
+    return Op(
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
         "Tensor hyper, Tensor[] indices, Tensor[] mask_words, int[] mask_keys, Tensor(e!)[] companions, "
         "int[] rounding_keys, Tensor[] lrs, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? grad_norm=None) "
         "-> ()",
         check=Update.check,
-        takes=lambda *args: (Update(*args[:_SCALING], Scaling(*args[_SCALING:])),),
-    ),
+        takes=lambda *args: (Update(*args[:_SCALING], Scaling(*args[_SCALING:]), rule),),
+        rule=rule,
+    )
+
+
+OPS = {
+    "adamw_": _update(ADAMW),
     "gather_child_": Op(  # packed: [m]; grads: of any shape; indices: int32 [m]
         "(Tensor(a!)[] packed, Tensor[] grads, Tensor[] indices, bool add) -> ()",
         check=lambda packed, grads, indices, add: checks.check_gather(packed, grads, indices),
@@ -188,7 +196,7 @@ def _runner(name: str, op: Op) -> Callable[..., Tensor | None]:
         op.check(*taken)
         device = _device_of(args)
         kernels = reference if device is None else implementation("auto", device.type)  # no tensors: nothing to do
-        result = getattr(kernels, name)(*taken)
+        result = getattr(kernels, "update_" if op.rule else name)(*taken)
         values = [args[i] for i in written if i < len(args) and args[i] is not None]
         mark_written(*(value if isinstance(value, list) else [value] for value in values))
         return result

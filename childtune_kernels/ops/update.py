@@ -1,4 +1,4 @@
-"""Update: one step of the tensors of one device, the one thing that every implementation's `adamw_` takes."""
+"""Update: one step of the tensors of one device, the one thing that every implementation's `update_` takes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,25 @@ HYPER_COLUMNS = (
 )
 RESERVE_P, DECAY_OUTSIDE = HYPER_COLUMNS.index("reserve_p"), HYPER_COLUMNS.index("decay_outside")
 
-_NEEDED = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")  # the others may be empty
-_TENSORS = (*_NEEDED, "indices", "mask_words", "companions", "lrs")
+_NEEDED = ("params", "grads", "steps")  # beside the rule's moments; the others may be empty
+_MOMENTS = ("exp_avgs", "exp_avg_sqs")
+_TENSORS = (*_NEEDED, *_MOMENTS, "indices", "mask_words", "companions", "lrs")
 _KEYS = ("mask_keys", "rounding_keys")
+
+
+class Rule(NamedTuple):
+    """The rule of an update; its formula is in a file of its name in each implementation."""
+
+    name: str
+    moments: tuple[str, ...]  # of each weight, by torch.optim's keys
+
+    @property
+    def file(self) -> str:
+        """What its files and, with a ``_``, its op are called."""
+        return self.name.lower()
+
+
+ADAMW = Rule("AdamW", ("exp_avg", "exp_avg_sq"))
 
 
 class Scaling(NamedTuple):
@@ -52,6 +68,7 @@ class Update:
         grads: like params, contiguous, at any alignment; or packed like the moments, where there are indices. They are
             not written.
         exp_avgs, exp_avg_sqs: float32, bfloat16 or float16, one dtype a parameter, shaped like it; or packed, [m].
+            Those that the rule does not have are empty lists.
         steps: float64 [], advanced by one; the new value is the mask stream's t, which stays at 2**32 - 1.
         hyper: float64 [n, len(HYPER_COLUMNS)] on the CPU.
         indices: packed D: int32 [m], the child's elements in ascending order. Or [0], with moments like params: the
@@ -63,6 +80,7 @@ class Update:
         rounding_keys: signed 64-bit stream keys: 16-bit weights without a companion are rounded stochastically.
         lrs: float32 [], replacing the table's lr: live under CUDA graphs.
         scaling: of all gradients together.
+        rule: the formula.
         maps: what a launcher has derived of sizes and dtypes, which do not change while an update exists.
     """
 
@@ -79,6 +97,7 @@ class Update:
     rounding_keys: IntList = field(default_factory=IntList)
     lrs: TensorList = field(default_factory=TensorList)
     scaling: Scaling = Scaling()
+    rule: Rule = ADAMW
     maps: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
@@ -96,6 +115,11 @@ class Update:
         return self.params[0].device
 
     @property
+    def moments(self) -> tuple[TensorList, ...]:
+        """The lists that the rule has, in its order."""
+        return tuple(getattr(self, f"{moment}s") for moment in self.rule.moments)
+
+    @property
     def draws(self) -> bool:
         """Whether a gradient mask is drawn: there are keys, and some parameter keeps less than every element."""
         return bool(self.mask_keys) and bool((self.hyper.numpy()[:, RESERVE_P] < 1).any())
@@ -108,7 +132,7 @@ class Update:
     @property
     def written(self) -> tuple[TensorList, ...]:
         """The lists of tensors that an update writes."""
-        return self.params, self.exp_avgs, self.exp_avg_sqs, self.steps, self.companions
+        return self.params, *self.moments, self.steps, self.companions
 
     def check(self) -> None:
         """Refuse what differs from the attributes' description, before anything is written.
@@ -130,9 +154,12 @@ class Update:
                 checks.check_scalar(name, value, self.device)
 
     def _check_lengths(self) -> None:
-        lists = {name: getattr(self, name) for name in (*_TENSORS, *_KEYS)}
-        for name, values in lists.items():
-            if len(values) != len(self) and (values or name in _NEEDED):
+        moments = [f"{moment}s" for moment in self.rule.moments]
+        for name in (*_TENSORS, *_KEYS):
+            values = getattr(self, name)
+            if values and name in _MOMENTS and name not in moments:
+                raise RuntimeError(f"{name} must be empty for {self.rule.name}, got {len(values)} entries")
+            if len(values) != len(self) and (values or name in _NEEDED or name in moments):
                 raise RuntimeError(f"{name} must have {len(self)} entries, one a parameter, got {len(values)}")
 
     def _check_parameter(self, i: int) -> None:
@@ -146,7 +173,8 @@ class Update:
             checks.check_packed_gradient(f"params[{i}]", grad, param, shape)
         else:
             checks.check_gradient(f"params[{i}]", grad, param)
-        checks.check_state(f"state {i}", param, self.steps[i], exp_avg, self.exp_avg_sqs[i], shape)
+        moments = {name: tensors[i] for name, tensors in zip(self.rule.moments, self.moments, strict=True)}
+        checks.check_state(f"state {i}", param, self.steps[i], moments, shape)
         if self.companions:
             checks.check_companion(f"companions[{i}]", self.companions[i], param, shape)
         if self.lrs:

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import checks
+from ..ops import ADAMW, Rule, checks
 from .groups import Member
 from .packing import Packing, unpack
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of any rule
 STATE = ("step", *MOMENTS)
 LOW_PRECISION = ("master", "kahan", "stochastic", "nearest")
 COMPANIONS = ("master", "compensation")  # keys of the state
@@ -33,11 +33,17 @@ class StateSpec:
 
     Args:
         packing: of the child, where moments and companions are packed.
-        moment_dtype: of both moments.
+        moment_dtype: of all moments.
         low_precision: how 16-bit weights are kept, one of LOW_PRECISION.
+        rule: whose moments these are.
+
+    Attributes:
+        moments: their keys.
+        keys: of what every parameter has.
     """
 
-    def __init__(self, packing: Packing | None, moment_dtype: torch.dtype, low_precision: str):
+    def __init__(self, packing: Packing | None, moment_dtype: torch.dtype, low_precision: str, rule: Rule = ADAMW):
+        self.moments, self.keys = rule.moments, ("step", *rule.moments)
         self.packing = packing
         self.moment_dtype = moment_dtype
         self.low_precision = low_precision
@@ -45,7 +51,7 @@ class StateSpec:
     def fields(self, param_dtype: torch.dtype) -> list[StateField]:
         """Return what is kept for a parameter of a dtype; step counters count to 2**32, which float32 cannot."""
         fields = [StateField("step", torch.float64, False)]
-        fields += [StateField(key, self.moment_dtype, True) for key in MOMENTS]
+        fields += [StateField(key, self.moment_dtype, True) for key in self.moments]
         if key := self.companion_key(param_dtype):
             fields.append(StateField(key, torch.float32 if key == "master" else param_dtype, True))
         return fields
@@ -69,9 +75,13 @@ class StateSpec:
             RuntimeError: naming the tensor, what was expected and what came.
         """
         shape = self.shape(name, param)
-        checks.check_state(f"state of {name!r}", param, *(entry[key] for key in STATE), shape)
+        self._check_moments(name, param, entry)
         if key := self.companion_key(param.dtype):
             checks.check_companion(f"companion of {name!r}", entry[key], param, shape)
+
+    def _check_moments(self, name: str, param: Tensor, entry: Mapping[str, Any]) -> None:
+        moments = {key: entry[key] for key in self.moments}
+        checks.check_state(f"state of {name!r}", param, entry["step"], moments, self.shape(name, param))
 
     def missing(
         self, members: Iterable[Member], state: Mapping[Tensor, dict[str, Any]]
@@ -90,7 +100,7 @@ class StateSpec:
             whole = self.completed(name, param, entry)
             if whole.keys() != entry.keys() or any(whole[key] is not entry[key] for key in whole):
                 # before it is kept: a master made of a parameter of another shape would outlive the refusal
-                checks.check_state(f"state of {name!r}", param, *(whole[k] for k in STATE), self.shape(name, param))
+                self._check_moments(name, param, whole)
                 fresh[param] = whole
         if any(p.is_cuda for p in fresh) and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("optimizer state must exist before a CUDA graph is captured: run one step first")
@@ -102,8 +112,8 @@ class StateSpec:
         Raises:
             RuntimeError: a moment or the counter is missing, or the counter is not a single number.
         """
-        if missing := [key for key in STATE if key not in entry]:
-            raise RuntimeError(f"state of {name!r} must hold {', '.join(STATE)}, got no {', '.join(missing)}")
+        if missing := [key for key in self.keys if key not in entry]:
+            raise RuntimeError(f"state of {name!r} must hold {', '.join(self.keys)}, got no {', '.join(missing)}")
         return self.with_companion(name, param, {**entry, "step": counter(name, param, entry["step"])})
 
     def with_companion(self, name: str, param: Tensor, entry: dict[str, Any]) -> dict[str, Any]:

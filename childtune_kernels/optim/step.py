@@ -293,10 +293,10 @@ class _DeviceStep:
         update.mask_keys = self.keys if self.random else IntList()
         update.rounding_keys = self.keys if self.is_stochastic else IntList()
         if self.are_straight:
-            self.kernels.adamw_(update)
+            self.kernels.update_(update)
         else:  # element order is row-major: the kernels see row-major copies
             copies = TensorList(param.resolve_neg().contiguous() for param in self.params)
-            self.kernels.adamw_(replace(update, params=copies))
+            self.kernels.update_(replace(update, params=copies))
             for param, updated in zip(self.params, copies, strict=True):
                 if updated is not param:
                     param.copy_(updated)

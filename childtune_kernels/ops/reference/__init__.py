@@ -13,7 +13,7 @@ from .fisher import fisher_columns_ as fisher_columns_
 from .fisher import fisher_linear_ as fisher_linear_
 from .fisher import square_accumulate_ as square_accumulate_
 from .gather import gather_child_ as gather_child_
-from .update import adamw_ as adamw_
+from .update import update_ as update_
 
 NAME = "reference"
 DIGITS = 11  # bits of a key that `score_histogram` counts at its best

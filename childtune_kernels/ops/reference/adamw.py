@@ -15,6 +15,7 @@ The scalars come from `derive_scalars`, in fp64 and rounded to fp32 once. How 16
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -59,12 +60,25 @@ def square_root(x: Tensor) -> Tensor:
     return torch.from_numpy(np.asarray(np.sqrt(x.numpy()))) if x.device.type == "cpu" else torch.sqrt(x)
 
 
+def step_size(lr: Tensor, correction1: Tensor, sqrt_correction2: Tensor, hf: Tensor) -> tuple[Tensor, Tensor]:
+    """Return step_size and inv_sqrt_correction2: corrections for moments that began at 0."""
+    size = lr / correction1
+    inverse = torch.where(hf, torch.ones_like(lr), torch.ones_like(lr) / sqrt_correction2)
+    return torch.where(hf, size * sqrt_correction2, size), inverse
+
+
 def derive_scalars(
-    t: Tensor, hyper: Tensor, lrs: Tensor | None, grad_scale: Tensor | None, grad_norm: Tensor | None
+    step_size: Callable[..., tuple[Tensor, Tensor]],
+    t: Tensor,
+    hyper: Tensor,
+    lrs: Tensor | None,
+    grad_scale: Tensor | None,
+    grad_norm: Tensor | None,
 ) -> Scalars:
     """Derive the fp32 scalars of n parameters, in fp64.
 
     Args:
+        step_size: the rule's.
         t: int64 [n], the step about to be taken, from 1.
         hyper: float64 [n, len(HYPER_COLUMNS)].
         lrs: float32 [n] learning rates that replace the table's, or None.
@@ -84,7 +98,7 @@ def derive_scalars(
     correction1 = one - integer_power(beta1, t)
     sqrt_correction2 = square_root(one - integer_power(beta2, t))
     shrink = 0.0 - lr * weight_decay  # +0 where there is no decay, so that w + 0 * w is w, signed zeros included
-    step_size = lr / correction1
+    size, inv_sqrt_correction2 = step_size(lr, correction1, sqrt_correction2, hf)
     fp64 = Scalars(
         grad_multiplier=sign * clip / scale,
         inv_p=one / reserve_p,
@@ -93,27 +107,27 @@ def derive_scalars(
         beta2=beta2,
         one_minus_beta2=one - beta2,
         eps=eps,
-        step_size=torch.where(hf, step_size * sqrt_correction2, step_size),
-        inv_sqrt_correction2=torch.where(hf, one, one / sqrt_correction2),
+        step_size=size,
+        inv_sqrt_correction2=inv_sqrt_correction2,
         shrink_before=torch.where(hf, 0.0, shrink),
         shrink_after=torch.where(hf, shrink, 0.0),
     )
     return Scalars(*(column.float() for column in fp64))
 
 
-def advance_moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: Scalars) -> tuple[Tensor, Tensor]:
-    """Return the new fp32 moments for a gradient that is already masked; ``s`` holds 0-dim tensors."""
-    m = s.beta1 * exp_avg.float() + s.one_minus_beta1 * grad  # Alg. 1, line 8
-    v = s.beta2 * exp_avg_sq.float() + s.one_minus_beta2 * (grad * grad)  # Alg. 1, line 9
-    return m, v
+def advance(w: Tensor, grad: Tensor, moments: Sequence[Tensor], s: Scalars) -> tuple[Tensor, Sequence[Tensor]]:
+    """Return the new weights and moments for a gradient that is already masked.
 
-
-def advance_weights(param: Tensor, m: Tensor, v: Tensor, s: Scalars) -> Tensor:
-    """Return the new fp32 weights, given the new fp32 moments."""
-    w = param.float()
+    Args:
+        w, grad, moments: fp32.
+        s: 0-dim tensors.
+    """
+    exp_avg, exp_avg_sq = moments
+    m = s.beta1 * exp_avg + s.one_minus_beta1 * grad  # Alg. 1, line 8
+    v = s.beta2 * exp_avg_sq + s.one_minus_beta2 * (grad * grad)  # Alg. 1, line 9
     w = w + s.shrink_before * w
     w = w - s.step_size * (m / (square_root(v) * s.inv_sqrt_correction2 + s.eps))  # Alg. 1, lines 10-12
-    return w + s.shrink_after * w
+    return w + s.shrink_after * w, (m, v)
 
 
 def decay_weights(param: Tensor, s: Scalars) -> Tensor:

@@ -9,7 +9,7 @@ from .gather import gather_child_ as gather_child_
 from .selection import score_histogram as score_histogram
 from .selection import threshold_bits as threshold_bits
 from .squares import square_accumulate_ as square_accumulate_
-from .update import adamw_ as adamw_
+from .update import update_ as update_
 
 NAME = "triton"
 DIGITS = 4  # bits of a key that `score_histogram` counts at its best, by comparing in registers

@@ -1,7 +1,6 @@
 """The formula of an update, and every parameter's scalars for it, derived on the device in one small launch.
 
-The rules are `reference.adamw`'s `advance_moments`, `advance_weights` and `derive_scalars`; of the last, one lane does
-one parameter.
+The rules are `reference.adamw`'s `advance`, `step_size` and `derive_scalars`; of the last, one lane does one parameter.
 """
 
 from __future__ import annotations
@@ -35,9 +34,20 @@ TWO_TO_32 = tl.constexpr(2.0**32)
 
 
 @triton.jit(do_not_specialize=["n"])
-def begin_kernel(table, scalars, n, grad_scale, found_inf, grad_norm, HAS_LRS: tl.constexpr, BLOCK: tl.constexpr):
+def begin_kernel(
+    table,
+    scalars,
+    n,
+    grad_scale,
+    found_inf,
+    grad_norm,
+    STEP_SIZE_OF: tl.constexpr,
+    HAS_LRS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Advance the step counters and derive every parameter's scalars, in fp64; one lane a parameter.
 
+    STEP_SIZE_OF: the rule's `step_size`.
     grid: (ceil(n / BLOCK),)
     """
     # load
@@ -86,7 +96,7 @@ def begin_kernel(table, scalars, n, grad_scale, found_inf, grad_norm, HAS_LRS: t
         base2 = base2 * base2
     sqrt_correction2 = tl.sqrt(one - power2)
     shrink = 0.0 - lr * weight_decay
-    step_size = lr / (one - power1)
+    size, inv_sqrt_correction2 = STEP_SIZE_OF(lr, one - power1, sqrt_correction2, hf)
     last_kept = (p * TWO_TO_32).to(tl.int64) - 1
 
     # store
@@ -98,8 +108,8 @@ def begin_kernel(table, scalars, n, grad_scale, found_inf, grad_norm, HAS_LRS: t
     _put(row, BETA2, beta2, own)
     _put(row, ONE_MINUS_BETA2, one - beta2, own)
     _put(row, EPS, eps, own)
-    _put(row, STEP_SIZE, tl.where(hf, step_size * sqrt_correction2, step_size), own)
-    _put(row, INV_SQRT_CORRECTION2, tl.where(hf, one, one / sqrt_correction2), own)
+    _put(row, STEP_SIZE, size, own)
+    _put(row, INV_SQRT_CORRECTION2, inv_sqrt_correction2, own)
     _put(row, SHRINK_BEFORE, tl.where(hf, 0.0 * one, shrink), own)
     _put(row, SHRINK_AFTER, tl.where(hf, shrink, 0.0 * one), own)
     tl.store(row + STREAM_STEP, t.to(tl.int32), mask=own)
@@ -131,12 +141,20 @@ def unsigned(row, COLUMN: tl.constexpr):
 
 
 @triton.jit
-def advance(param, g, exp_avg, exp_avg_sq, row):
-    """Return the new fp32 (param, exp_avg, exp_avg_sq): the one Triton statement of the formula."""
+def step_size(lr, correction1, sqrt_correction2, hf):
+    """Return step_size and inv_sqrt_correction2: corrections for moments that began at 0."""
+    size = lr / correction1
+    return tl.where(hf, size * sqrt_correction2, size), tl.where(hf, 1.0, 1.0 / sqrt_correction2)
+
+
+@triton.jit
+def advance(param, g, moments, row):
+    """Return the new fp32 param and moments: the one Triton statement of the formula."""
+    exp_avg, exp_avg_sq = moments
     exp_avg = scalar(row, BETA1) * exp_avg + scalar(row, ONE_MINUS_BETA1) * g  # Alg. 1, line 8
     exp_avg_sq = scalar(row, BETA2) * exp_avg_sq + scalar(row, ONE_MINUS_BETA2) * (g * g)  # Alg. 1, line 9
     param = param + scalar(row, SHRINK_BEFORE) * param
     denominator = tl.sqrt_rn(exp_avg_sq) * scalar(row, INV_SQRT_CORRECTION2) + scalar(row, EPS)
     param = param - scalar(row, STEP_SIZE) * tl.div_rn(exp_avg, denominator)  # Alg. 1, lines 10-12
     param = param + scalar(row, SHRINK_AFTER) * param
-    return param, exp_avg, exp_avg_sq
+    return param, (exp_avg, exp_avg_sq)

@@ -1,5 +1,6 @@
 """The three ways to update a block of weights: all of it, by mask words, by indices.
 
+ADVANCE is the rule's `advance`.
 Source: Algorithm 1 and Eq. 1-4 of Xu et al. 2021; order of operations: `reference.adamw`.
 """
 
@@ -16,7 +17,6 @@ from .adamw import (
     SHRINK_AFTER,
     SHRINK_BEFORE,
     STREAM_STEP,
-    advance,
     scalar,
     unsigned,
 )
@@ -40,14 +40,19 @@ def _pointers(
     ALIGNED: tl.constexpr,
     GRAD_ALIGNED: tl.constexpr,
 ):
-    """Return pointers to elements ``start + offsets`` of param, grad, exp_avg and exp_avg_sq."""
-    param, grad, exp_avg, exp_avg_sq, _ = addresses
+    """Return pointers to elements ``start + offsets`` of param and grad, and of all moments."""
+    param, grad, moments, _ = addresses
     return (
         pointer(param, PARAM_DTYPE, ALIGNED) + start + offsets,
         pointer(grad, PARAM_DTYPE, GRAD_ALIGNED) + start + offsets,
-        pointer(exp_avg, STATE_DTYPE, ALIGNED) + start + offsets,
-        pointer(exp_avg_sq, STATE_DTYPE, ALIGNED) + start + offsets,
+        [pointer(moment, STATE_DTYPE, ALIGNED) + start + offsets for moment in moments],
     )
+
+
+@triton.jit
+def _store_moments(pointers, moments, STATE_DTYPE: tl.constexpr, mask):
+    for i in tl.static_range(len(pointers)):
+        tl.store(pointers[i], rounded(moments[i], STATE_DTYPE), mask=mask)
 
 
 @triton.jit
@@ -60,6 +65,7 @@ def dense_block(
     BERNOULLI: tl.constexpr,
     COMPANION: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    ADVANCE: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -71,14 +77,13 @@ def dense_block(
     # load
     offsets = tl.arange(0, BLOCK)  # from the block's start: 64-bit offsets an element would double the registers
     inside = None if FULL else offsets < numel - start
-    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr = _pointers(
+    param_ptr, grad_ptr, moment_ptrs = _pointers(
         addresses, start, offsets, PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED
     )
-    companion = pointer(addresses[4], tl.float32 if COMPANION == MASTER else PARAM_DTYPE, ALIGNED) + start + offsets
+    companion = pointer(addresses[3], tl.float32 if COMPANION == MASTER else PARAM_DTYPE, ALIGNED) + start + offsets
     param, _ = load_weights(param_ptr, companion, inside, COMPANION)
     grad = widened(tl.load(grad_ptr, mask=inside))
-    exp_avg = widened(tl.load(exp_avg_ptr, mask=inside))
-    exp_avg_sq = widened(tl.load(exp_avg_sq_ptr, mask=inside))
+    moments = [widened(tl.load(moment_ptr, mask=inside)) for moment_ptr in moment_ptrs]
 
     # draw
     mask_key, rounding_key = keys
@@ -89,13 +94,12 @@ def dense_block(
         g = tl.where(keep, g * scalar(row, INV_P), 0.0)  # Eq. 4
 
     # moments and weights
-    param, exp_avg, exp_avg_sq = advance(param, g, exp_avg, exp_avg_sq, row)
+    param, moments = ADVANCE(param, g, moments, row)
 
     # store
     random_words = block_words(start, rounding_key, step, STOCHASTIC_ROUNDING, BLOCK) if STOCHASTIC else None
     store_weights(param, param_ptr, companion, None, random_words, inside, COMPANION, STOCHASTIC)
-    tl.store(exp_avg_ptr, rounded(exp_avg, STATE_DTYPE), mask=inside)
-    tl.store(exp_avg_sq_ptr, rounded(exp_avg_sq, STATE_DTYPE), mask=inside)
+    _store_moments(moment_ptrs, moments, STATE_DTYPE, inside)
 
 
 @triton.jit
@@ -106,6 +110,7 @@ def masked_block(
     start,
     numel,
     DECAY: tl.constexpr,
+    ADVANCE: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -135,17 +140,16 @@ def masked_block(
         touched = touched & inside
 
     # load
-    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr = _pointers(
+    param_ptr, grad_ptr, moment_ptrs = _pointers(
         addresses, start, offsets, PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED
     )
     old_param = widened(tl.load(param_ptr, mask=inside if DECAY else touched))
     grad = widened(tl.load(grad_ptr, mask=touched))
-    exp_avg = widened(tl.load(exp_avg_ptr, mask=touched))
-    exp_avg_sq = widened(tl.load(exp_avg_sq_ptr, mask=touched))
+    moments = [widened(tl.load(moment_ptr, mask=touched)) for moment_ptr in moment_ptrs]
 
     # moments and weights
     g = grad * scalar(row, GRAD_MULTIPLIER)
-    param, exp_avg, exp_avg_sq = advance(old_param, g, exp_avg, exp_avg_sq, row)
+    param, moments = ADVANCE(old_param, g, moments, row)
     written = keep
     if DECAY:
         decayed = old_param + scalar(row, SHRINK_BEFORE) * old_param
@@ -154,8 +158,7 @@ def masked_block(
 
     # store
     tl.store(param_ptr, rounded(param, PARAM_DTYPE), mask=written)
-    tl.store(exp_avg_ptr, rounded(exp_avg, STATE_DTYPE), mask=keep)
-    tl.store(exp_avg_sq_ptr, rounded(exp_avg_sq, STATE_DTYPE), mask=keep)
+    _store_moments(moment_ptrs, moments, STATE_DTYPE, keep)
 
 
 @triton.jit
@@ -169,6 +172,7 @@ def compact_block(
     BERNOULLI: tl.constexpr,
     COMPANION: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    ADVANCE: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -184,15 +188,13 @@ def compact_block(
     # load, by way of the indices what does not lie packed
     offsets = tl.arange(0, BLOCK)
     inside = None if FULL else offsets < numel - start
-    param_address, grad_address, exp_avg, exp_avg_sq, companion = addresses
-    exp_avg_ptr = pointer(exp_avg, STATE_DTYPE, ALIGNED) + start + offsets
-    exp_avg_sq_ptr = pointer(exp_avg_sq, STATE_DTYPE, ALIGNED) + start + offsets
+    param_address, grad_address, moments, companion = addresses
+    moment_ptrs = [pointer(moment, STATE_DTYPE, ALIGNED) + start + offsets for moment in moments]
     companion_ptr = pointer(companion, tl.float32 if COMPANION == MASTER else PARAM_DTYPE, ALIGNED) + start + offsets
     index = tl.load(pointer(indices & ~GRAD_PACKED, tl.int32, ALIGNED) + start + offsets, mask=inside)
     param_ptr = pointer(param_address, PARAM_DTYPE, False) + index
     old_param, stored = load_weights(param_ptr, companion_ptr, inside, COMPANION)
-    old_exp_avg = widened(tl.load(exp_avg_ptr, mask=inside))
-    old_exp_avg_sq = widened(tl.load(exp_avg_sq_ptr, mask=inside))
+    old_moments = [widened(tl.load(moment_ptr, mask=inside)) for moment_ptr in moment_ptrs]
     if indices & GRAD_PACKED:
         grad = tl.load(pointer(grad_address, PARAM_DTYPE, GRAD_ALIGNED) + start + offsets, mask=inside)
     else:
@@ -207,10 +209,9 @@ def compact_block(
         g = tl.where(keep, g * scalar(row, INV_P), 0.0)  # Eq. 4
 
     # moments and weights
-    param, new_exp_avg, new_exp_avg_sq = advance(old_param, g, old_exp_avg, old_exp_avg_sq, row)
+    param, new_moments = ADVANCE(old_param, g, old_moments, row)
 
     # store; 16-bit weights only where their bits change
     random_words = words_of(index, rounding_key, step, STOCHASTIC_ROUNDING) if STOCHASTIC else None
     store_weights(param, param_ptr, companion_ptr, stored, random_words, inside, COMPANION, STOCHASTIC)
-    tl.store(exp_avg_ptr, rounded(new_exp_avg, STATE_DTYPE), mask=inside)
-    tl.store(exp_avg_sq_ptr, rounded(new_exp_avg_sq, STATE_DTYPE), mask=inside)
+    _store_moments(moment_ptrs, new_moments, STATE_DTYPE, inside)

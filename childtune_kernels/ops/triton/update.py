@@ -1,9 +1,11 @@
-"""The AdamW updates in Triton: a small launch derives every parameter's scalars, a second updates all weights.
+"""Updates in Triton: a small launch derives every parameter's scalars, a second updates all weights.
 
 Source: Algorithm 1 and Eq. 1-4 of Xu et al. 2021; order of operations: `reference.adamw`.
 """
 
 from __future__ import annotations
+
+from importlib import import_module
 
 import numpy as np
 import torch
@@ -45,6 +47,7 @@ def _update_block(
     MASKING: tl.constexpr,
     COMPANION: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    ADVANCE: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -60,7 +63,7 @@ def _update_block(
         whole = child == 0  # no words or indices: a tensor that the mask does not name
     if whole:
         dense_block(
-            addresses, keys, row, start, numel, BERNOULLI, COMPANION, STOCHASTIC,
+            addresses, keys, row, start, numel, BERNOULLI, COMPANION, STOCHASTIC, ADVANCE,
             PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED, FULL, BLOCK,
         )  # fmt: skip
     elif MASKED:
@@ -69,17 +72,17 @@ def _update_block(
             decays = tl.load(row + DECAY_OUTSIDE) != 0
         if decays:
             masked_block(
-                addresses, child, row, start, numel, True,
+                addresses, child, row, start, numel, True, ADVANCE,
                 PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED, FULL, BLOCK,
             )  # fmt: skip
         else:
             masked_block(
-                addresses, child, row, start, numel, False,
+                addresses, child, row, start, numel, False, ADVANCE,
                 PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED, FULL, BLOCK,
             )  # fmt: skip
     elif COMPACT:
         compact_block(
-            addresses, keys, child, row, start, numel, BERNOULLI, COMPANION, STOCHASTIC,
+            addresses, keys, child, row, start, numel, BERNOULLI, COMPANION, STOCHASTIC, ADVANCE,
             PARAM_DTYPE, STATE_DTYPE, ALIGNED, GRAD_ALIGNED, FULL, BLOCK,
         )  # fmt: skip
 
@@ -96,6 +99,8 @@ def _update_kernel(
     MASKING: tl.constexpr,
     COMPANION: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    ADVANCE: tl.constexpr,
+    MOMENTS: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
     STATE_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -122,7 +127,8 @@ def _update_kernel(
     child = tl.load(field + CHILDREN * n)
     numel = tl.load(field + NUMELS * n)
     apply = tl.load(row + APPLY)
-    addresses = (param, grad, exp_avg, exp_avg_sq, companion)
+    moments = (exp_avg, exp_avg_sq) if MOMENTS == 2 else (exp_avg,)
+    addresses = (param, grad, moments, companion)
 
     # update its parts
     aligned = (
@@ -142,12 +148,12 @@ def _update_kernel(
                 # gradients that are views of a bucket may lie anywhere, and must not make the rest scalar
                 if is_aligned(grad, PARAM_DTYPE):
                     _update_block(
-                        addresses, keys, child, row, first, numel, MASKING, COMPANION, STOCHASTIC,
+                        addresses, keys, child, row, first, numel, MASKING, COMPANION, STOCHASTIC, ADVANCE,
                         PARAM_DTYPE, STATE_DTYPE, True, True, True, PART,
                     )  # fmt: skip
                 else:
                     _update_block(
-                        addresses, keys, child, row, first, numel, MASKING, COMPANION, STOCHASTIC,
+                        addresses, keys, child, row, first, numel, MASKING, COMPANION, STOCHASTIC, ADVANCE,
                         PARAM_DTYPE, STATE_DTYPE, True, False, True, PART,
                     )  # fmt: skip
             else:  # one element a thread at a time: scalar accesses to a whole part would double the registers
@@ -155,7 +161,7 @@ def _update_kernel(
                     if first + element < numel:
                         _update_block(
                             addresses, keys, child, row, first + element, numel, MASKING, COMPANION, STOCHASTIC,
-                            PARAM_DTYPE, STATE_DTYPE, False, False, False, SCALAR_PART,
+                            ADVANCE, PARAM_DTYPE, STATE_DTYPE, False, False, False, SCALAR_PART,
                         )  # fmt: skip
 
 
@@ -215,7 +221,7 @@ def _fields(update: Update) -> list[np.ndarray]:
         update.params.addresses,
         update.grads.addresses,
         update.exp_avgs.addresses,
-        update.exp_avg_sqs.addresses,
+        update.exp_avg_sqs.addresses if update.exp_avg_sqs else none,
         update.companions.addresses if update.companions else none,
         update.steps.addresses,
         update.lrs.addresses if update.lrs else none,
@@ -227,8 +233,8 @@ def _fields(update: Update) -> list[np.ndarray]:
     ]
 
 
-def adamw_(update: Update) -> None:
-    """Launch `reference.adamw_`: upload one table, derive the scalars, update in one launch a combination of dtypes."""
+def update_(update: Update) -> None:
+    """Launch `reference.update_`: upload one table, derive the scalars, update, one launch a combination of dtypes."""
     if not len(update):
         return
     device, n, masking = update.device, len(update), _masking(update)
@@ -236,12 +242,14 @@ def adamw_(update: Update) -> None:
     compact = bool(update.indices)
     sparse = compact and update.exp_avgs.sizes.sum() <= _SPARSE_CHILD * update.params.sizes.sum()
     grad_scale, found_inf, grad_norm = update.scaling
+    formula = import_module(f".{update.rule.file}", __package__)
     with on_device(device):
         table, launches = over(device, _map(update, block), _fields(update))
         scalars = torch.empty(n * SCALARS.value, dtype=torch.int32, device=device)
         begin_kernel[(triton.cdiv(n, _BEGIN_BLOCK),)](
-            table, scalars, n, grad_scale, found_inf, grad_norm, HAS_LRS=bool(update.lrs), BLOCK=_BEGIN_BLOCK, **OPTIONS
-        )
+            table, scalars, n, grad_scale, found_inf, grad_norm,
+            STEP_SIZE_OF=formula.step_size, HAS_LRS=bool(update.lrs), BLOCK=_BEGIN_BLOCK, **OPTIONS,
+        )  # fmt: skip
         for (param_dtype, state_dtype, companion_dtype), n_blocks, tables in launches:
             _update_kernel[(n_blocks,)](
                 **tables,
@@ -249,6 +257,8 @@ def adamw_(update: Update) -> None:
                 MASKING=masking,
                 COMPANION={None: NO_COMPANION, torch.float32: MASTER}.get(companion_dtype, COMPENSATION).value,
                 STOCHASTIC=bool(update.rounding_keys) and companion_dtype is None and param_dtype != torch.float32,
+                ADVANCE=formula.advance,
+                MOMENTS=len(update.rule.moments),
                 PARAM_DTYPE=TRITON_DTYPES[param_dtype],
                 STATE_DTYPE=TRITON_DTYPES[state_dtype],
                 BLOCK=block,
