@@ -82,6 +82,7 @@ class ChildAdamW(torch.optim.Optimizer):
         Algorithm 1 of the paper; ``state[p]`` holds torch.optim.AdamW's ``step, exp_avg, exp_avg_sq``.
     """
 
+    _rule = ops.ADAMW
     _constructing = False
 
     def __init__(
@@ -117,6 +118,7 @@ class ChildAdamW(torch.optim.Optimizer):
             pack_gradients=pack_gradients,
             fused_backward=fused_backward,
             impl=impl,
+            rule=self._rule,
         )
         self.names = ParameterNames()
         self.hooks: GradientHooks | None = None

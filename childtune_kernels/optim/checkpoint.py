@@ -20,7 +20,7 @@ from ..mask import ChildMask
 from ..names import canonical, listed
 from .config import Config
 from .groups import Member, check_group, group_sizes, require_sampling
-from .state import COMPANIONS, MOMENTS, unpacked
+from .state import COMPANIONS, STATE, unpacked
 
 CHILD = "child"
 
@@ -141,9 +141,9 @@ def read_state(config: Config, groups: Groups, members: list[Member], loaded: di
 
 
 def _read_entry(config: Config, param: Tensor, name: str, index: int, entry: dict[str, Any]) -> dict[str, Any]:
-    mask = config.mask
-    complete = entry.keys() >= {"step", *MOMENTS}
-    require(f"state_dict: state of parameter {index}", sorted(entry), complete, "AdamW's step, exp_avg, exp_avg_sq")
+    mask, keys = config.mask, config.spec.keys
+    expected = f"{config.rule.name}'s {', '.join(keys)}"
+    require(f"state_dict: state of parameter {index}", sorted(entry), entry.keys() & {*STATE} == {*keys}, expected)
     step = float(entry["step"])
     require(f"state_dict: step of parameter {index}", step, 0 <= step < 2**32 and step.is_integer(), "in [0, 2**32)")
     words = entry.get(CHILD)
@@ -151,7 +151,7 @@ def _read_entry(config: Config, param: Tensor, name: str, index: int, entry: dic
         same = torch.equal(words.cpu(), mask.words(name).cpu())
         require(f"state_dict: child of {name!r}", "another mask's", same, "of this optimizer's mask")
     shapes = [tuple(param.shape)] if words is None else [tuple(param.shape), (int(ops.popcount_bits(words.cpu())),)]
-    for key in (*MOMENTS, *(entry.keys() & set(COMPANIONS))):
+    for key in (*config.spec.moments, *(entry.keys() & set(COMPANIONS))):
         got, expected = tuple(entry[key].shape), " or ".join(map(str, dict.fromkeys(shapes)))
         require(f"state_dict: {key} of parameter {index}", got, got in shapes, f"shape {expected}")
     entry = unpacked({key: value for key, value in entry.items() if key != CHILD}, words, param)

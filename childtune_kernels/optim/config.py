@@ -22,6 +22,7 @@ class Config:
     """`ChildAdamW`'s options that belong to no parameter group, under the constructor's names.
 
     Attributes:
+        rule: the formula of a step.
         packing: where each parameter's child lies, in packed state; None in dense state.
         spec: what is kept for each parameter.
 
@@ -39,6 +40,7 @@ class Config:
     pack_gradients: bool = False
     fused_backward: bool = False
     impl: str = "auto"
+    rule: ops.Rule = ops.ADAMW
     packing: Packing | None = field(init=False, repr=False)
     spec: StateSpec = field(init=False, repr=False)
 
@@ -55,7 +57,7 @@ class Config:
         packed, kept = resolve_state(self.state, self.low_precision, masked=masked, decay_outside=decays)
         require_gradients(self.pack_gradients, self.fused_backward, packed=packed, clips=self.clips)
         packing = Packing(self.mask) if packed else None
-        derived = {"packing": packing, "spec": StateSpec(packing, self.state_dtype, kept)}
+        derived = {"packing": packing, "spec": StateSpec(packing, self.state_dtype, kept, self.rule)}
         if packing is not None:
             derived["mask"] = packing.mask
         self.__dict__.update(derived)  # frozen: what was asked for does not change

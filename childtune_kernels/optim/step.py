@@ -21,7 +21,6 @@ from ..ops import IntList, Scaling, TensorList, Update, checks
 from .config import Config
 from .groups import SAMPLED_CHILD, Member, check_group, group_sizes, hyper_row
 from .packing import check_shape
-from .state import STATE
 
 Groups = list[dict[str, Any]]
 State = dict[Tensor, dict[str, Any]]
@@ -236,17 +235,20 @@ class _DeviceStep:
         keys = [spec.companion_key(param.dtype) for param in self.params]
         self.companion_keys = keys if any(keys) else []
         self.none = torch.empty(0, dtype=torch.float32, device=self.device)
-        steps, exp_avgs, exp_avg_sqs = (TensorList.formed(map(itemgetter(key), self.entries)) for key in STATE)
+        none = TensorList.formed([])
+        own = {key: TensorList.formed(map(itemgetter(key), self.entries)) for key in spec.keys}
+        self.own = list(own.items())
         self.update = Update(
             self.params,
             self.grads,
-            exp_avgs,
-            exp_avg_sqs,
-            steps,
+            own.get("exp_avg", none),
+            own.get("exp_avg_sq", none),
+            own["step"],
             self.hyper,
             indices=self.indices,
             mask_words=self.mask_words,
             companions=TensorList.formed(self._companions()),
+            rule=self.config.rule,
         )
 
     def _companions(self) -> list[Tensor]:
@@ -267,7 +269,7 @@ class _DeviceStep:
         update = self.update
         try:
             fit = self.grads.renew([holder.grad for holder in self.holders]) and self.params.renew(self.params)
-            for own, key in zip((update.steps, update.exp_avgs, update.exp_avg_sqs), STATE, strict=True):
+            for key, own in self.own:
                 fit = fit and own.renew(list(map(itemgetter(key), self.entries)))
             fit = fit and update.companions.renew(self._companions())
         except (TypeError, KeyError):  # a gradient is None; an entry of the state lacks something
