@@ -31,13 +31,4 @@ from .update import Rule as Rule
 from .update import Scaling as Scaling
 from .update import Update as Update
 
-adamw_ = torch.ops.childtune.adamw_
-gather_child_ = torch.ops.childtune.gather_child_
-square_accumulate_ = torch.ops.childtune.square_accumulate_
-fisher_linear_ = torch.ops.childtune.fisher_linear_
-fisher_columns_ = torch.ops.childtune.fisher_columns_
-bernoulli_bits = torch.ops.childtune.bernoulli_bits
-score_histogram = torch.ops.childtune.score_histogram
-threshold_bits = torch.ops.childtune.threshold_bits
-popcount_bits = torch.ops.childtune.popcount_bits
-overlap_bits = torch.ops.childtune.overlap_bits
+globals().update({name: getattr(torch.ops.childtune, name) for name in OPS})
