@@ -221,3 +221,5 @@ def test_cuda_sources_compile_without_spills(source, tmp_path):
 
 def test_an_unbuilt_device_says_why():
     assert csrc.unavailable("mps") and (csrc.unavailable("cpu") is None or "build" in csrc.unavailable("cpu"))
+    if torch.version.cuda is None:
+        assert csrc.unavailable("cuda") == "this torch is built without CUDA"

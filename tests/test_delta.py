@@ -738,5 +738,6 @@ def test_merging_counts_and_completes():
         ChildDelta.merge(three)
     new = [ChildDelta.from_models(base, {**base, name: torch.ones(2)}) for name in ("y", "x")]
     assert ChildDelta.merge(new).added == ["x", "y"]
+    assert pieces(ChildDelta.merge(new), added=["y", "x"]).added == ["x", "y"]
     with pytest.raises(ValueError, match=r"deltas must be of one base, got \["):
         ChildDelta.merge([low, ChildDelta.from_models({"w": base["w"]}, {"w": base["w"]})])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from childtune_kernels.fisher import estimate_fisher, rules
 from childtune_kernels.fisher.exact import Captured, Exact, Losses, square_into
+from childtune_kernels.fisher.tape import Output, Tape, find_layout
 
 EXAMPLES, POSITIONS, WIDTH = 3, 4, 6
 
@@ -444,6 +445,58 @@ def test_a_bias_that_a_batch_uses_once_more_than_the_first():
     left = "one example at a time: used by this batch in another way than by the first"
     assert fisher.notes == {"layer.weight": left, "layer.bias": left}
     assert_same(fisher, one_by_one(model, batches, loss))
+
+
+@pytest.mark.parametrize(
+    "looks, right",
+    [
+        ([([0, 1, 2], True), ([0, 1, 2], True)], True),
+        ([([2, 0, 1], True)], True),
+        ([([-1, 0, 1], True), ([2, 0, -1], True)], True),  # rows of zeros may be anyone's
+        ([([-1, -1, -1], True)], True),
+        ([([0, 1, 2], False), ([0, 1, 2], True)], False),
+        ([([0, 1, 2], True), ([0, 1, 2], False)], False),
+        ([([0, 1, 2], True), ([1, 0, 2], True)], False),
+        ([([0, 1, 2], True), ([1, 0, 2], True), ([1, 0, 2], True)], False),
+        ([([0, 0, 2], True)], False),
+        ([([0, -1, 2], True), ([-1, 0, 2], True)], False),  # one example's rows in two places
+        ([([1, -1, -1], True), ([2, 0, -1], True)], False),  # one place, two examples' rows
+    ],
+)
+def test_verdicts_are_of_all_uses(looks, right):
+    """Each use's rows must be one example's each, of no example twice, and in one order for all uses."""
+    tape = Tape({}, ["w"], 3, {})
+    for owner, ok in looks:
+        found = torch.tensor(owner), torch.tensor(ok)
+        tape.code = SimpleNamespace(read=lambda plain, sketches, dtype, found=found: found)
+        tape.judge(Output({"w": rules.Elementwise(torch.Size((2,)), 3, 0)}), ["w"], torch.ones(3, 2))
+    assert bool(tape.verdicts["w"]) is right
+
+
+def test_shapes_that_follow_no_pattern_are_told_apart():
+    one, two = (Tape({}, ["a", "b", "c"], size, {}) for size in (1, 2))
+    row, rows, unruled = torch.Size((1, 4)), torch.Size((2, 4)), {}
+    one.shapes = {("a", 0): (row, row), ("b", 0): (row, row), ("b", 1): (row, row), ("c", 0): (rows, rows)}
+    two.shapes = {("a", 0): (rows, rows), ("b", 0): (rows, rows), ("c", 0): (rows, rows)}
+    assert find_layout(one, two, unruled) == {("a", 0): (0, 0), ("b", 0): (0, 0)}
+    assert unruled == {"b": "used a different number of times by one and by two examples",
+                       "c": "an output without an example dimension"}  # fmt: skip
+
+
+@pytest.mark.parametrize("factor, found", [(1.005, False), (1.2, True), (0.8, True)])
+def test_a_rule_that_is_wrong_by_a_fifth_is_found(factor, found, monkeypatch):
+    """Rounding in few bits is not taken for that: a wrong rule is wrong by more than a hundredth."""
+    own = rules.Product.accumulate_
+
+    def wrong(self, total):
+        part = torch.zeros_like(total)
+        own(self, part)
+        total += part * factor
+
+    monkeypatch.setattr(rules.Product, "accumulate_", wrong)
+    notes = estimate_fisher(nn.Linear(4, 2).double(), [batch_of(4)], loss).notes
+    left = "one example at a time: the batched rule disagreed with single examples"
+    assert notes == {"weight": left if found else "product", "bias": "bias"}
 
 
 class Positions(nn.Module):

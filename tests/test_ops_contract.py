@@ -257,6 +257,7 @@ ALL, F, D, C, LOW = KINDS, ("bernoulli", "compact"), ("masked",), ("compact",), 
 BAD = [
     ("grads-count", ALL, _put("grads", lambda v: v[:2]), "grads must have 3 entries, one a parameter, got 2"),
     ("moments-count", ALL, _put("exp_avgs", lambda v: v[:1]), "exp_avgs must have 3 entries.* got 1"),
+    ("squares-count", ALL, _put("exp_avg_sqs", lambda v: v[:1]), "exp_avg_sqs must have 3 entries.* got 1"),
     ("steps-count", ALL, _put("steps", lambda v: v * 2), "steps must have 3 entries.* got 6"),
     ("lrs-count", ALL, _put("lrs", lambda v: v[:2]), "lrs must have 3 entries.* got 2"),
     ("keys-count", F, _put("mask_keys", lambda v: v[:2]), "mask_keys must have 3 entries.* got 2"),
